@@ -1,0 +1,1 @@
+"""What runs at the centre. May import edge: it tests with what ships."""

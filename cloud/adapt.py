@@ -1,0 +1,252 @@
+"""One adaptation as a process of its own: evidence in, a judged candidate out.
+
+``python -m cloud.adapt JOB`` reads ``JOB/spec.json`` and writes ``JOB/progress.json`` as it goes and
+``JOB/result.json`` at the end. A process of its own keeps the service answering while two cores learn,
+gives its memory back, and may be killed at any time: run again, it starts over from the same input and,
+with the same seed, comes to the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+from cloud.gate import gate
+from cloud.learners import prompts
+from cloud.learners.model import Example, SplitModel
+from cloud.learners.sdft import Lesson, Sdft, SdftConfig, StepReport, Target, keep
+from cloud.students.export import write_back
+from edge.student.bundle import digest, read_config, read_harness
+from edge.student.runtime import Student
+from protos.errors import AnabranchError, TrainingError
+from protos.prompt import Message, Shown, chat, render
+
+log = logging.getLogger("anabranch.adapt")
+
+_ANCHOR_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a job works on; paths are absolute, demonstrations carry their own text.
+
+    ``masters`` is the imported fp32 model, ``learnt`` the parameters that earlier releases changed
+    (None before the first). ``base`` is the bundle first imported, ``current`` the one in service.
+    """
+
+    masters: Path
+    learnt: Path | None
+    base: Path
+    current: Path
+    train: tuple[Shown, ...]
+    held_out: tuple[Shown, ...]
+    replay: tuple[Shown, ...]
+    earlier: tuple[Shown, ...]
+    split_share: float = 0.5
+    threads: int = 2
+    learner: SdftConfig = field(default_factory=SdftConfig)
+    gate: gate.GateConfig = field(default_factory=gate.GateConfig)
+
+    def to_json(self) -> str:
+        """``spec.json``."""
+        return json.dumps(asdict(self), default=str, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Parse ``spec.json``."""
+        raw: dict[str, Any] = json.loads(text)
+        for name in ("masters", "base", "current"):
+            raw[name] = Path(raw[name])
+        raw["learnt"] = Path(raw["learnt"]) if raw["learnt"] else None
+        for name in ("train", "held_out", "replay", "earlier"):
+            raw[name] = tuple(_shown(r) for r in raw[name])
+        raw["learner"] = SdftConfig(**raw["learner"])
+        raw["gate"] = gate.GateConfig(**raw["gate"])
+        return cls(**raw)
+
+
+def _shown(raw: dict[str, Any]) -> Shown:
+    return Shown(tuple(Message(**m) for m in raw["messages"]), raw["answer"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new, never a part."""
+    work = path.with_suffix(".tmp")
+    with work.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    work.replace(path)
+
+
+class Progress:
+    """Writes ``progress.json``: phase, fraction done (0..1) and seconds left."""
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._clock = clock
+        self._began = clock()
+
+    def __call__(self, phase: str, fraction: float, **more: float) -> None:
+        spent = self._clock() - self._began
+        left = spent * (1 - fraction) / fraction if fraction > 0 else None
+        note = {"phase": phase, "fraction": round(fraction, 4), "seconds": round(spent, 1)}
+        note["seconds_left"] = None if left is None else round(left, 1)
+        write_atomically(self._path, json.dumps(note | more))
+
+
+class Encoder:
+    """Turns chats and answers into the learners' token sequences."""
+
+    def __init__(self, tokenizer: Tokenizer, system: str, eos: int) -> None:
+        self._tokenizer = tokenizer
+        self._system = system
+        self._eos = eos
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def example(self, messages: Sequence[Message], answer: str, shown: Sequence[Shown] = ()) -> Example:
+        """A chat with its answer; the end-of-answer token belongs to the answer."""
+        whole = self._ids(render(chat(self._system, messages, shown)))
+        prefix = self._ids(render([Message("system", self._system)], answer=False))
+        if whole[: len(prefix)] != prefix:  # the request brought its own system message
+            prefix = ()
+        return Example(prefix, whole[len(prefix) :], (*self._ids(answer), self._eos))
+
+    def lesson(self, shown: Shown) -> Lesson:
+        """A demonstration as student and teacher see it."""
+        return Lesson(
+            self.example(shown.messages, shown.answer),
+            self.example(shown.messages, shown.answer, [shown]),
+        )
+
+
+def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
+    """Do the job in the folder ``job``; returns what ``result.json`` holds.
+
+    Raises:
+        TrainingError: no demonstrations, or the training diverged.
+        AnabranchError: anything else that the operator can act on.
+    """
+    spec = Spec.from_json((job / "spec.json").read_text())
+    if not spec.train or not spec.held_out:
+        msg = f"{len(spec.train)} demonstrations to learn, {len(spec.held_out)} held out: need both"
+        raise TrainingError(msg)
+    torch.set_num_threads(spec.threads)
+    progress = Progress(job / "progress.json", clock)
+    began = clock()
+    learnt = learn(spec, progress)
+    seconds = clock() - began
+    progress("write the student", 0.8)
+    save_file(_contiguous(learnt), job / "learnt.safetensors")
+    candidate = job / "candidate"
+    changed = write_back(spec.base, learnt, read_harness(spec.current), candidate)
+    verdict = gate.run(
+        gate.GateInput(spec.base, spec.current, candidate, spec.held_out, spec.earlier),
+        spec.gate,
+        lambda phase, part: progress(phase, 0.82 + 0.18 * part),
+    )
+    result = {
+        "passed": verdict.passed,
+        "checks": verdict.to_json(),
+        "student": digest(candidate),
+        "changed_codes": changed,
+        "sdft_seconds": round(seconds, 2),
+        "canaries": [
+            {"messages": [asdict(m) for m in d.messages], "answer": a}
+            for d, a in zip((*spec.held_out, *spec.earlier), verdict.answers, strict=True)
+        ],
+    }
+    write_atomically(job / "result.json", json.dumps(result, indent=1))
+    progress("done", 1.0)
+    return result
+
+
+def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
+    """Train on a spec's demonstrations; all parameters that differ from the imported model."""
+    progress("load the masters", 0.0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learnt = load_file(spec.learnt) if spec.learnt else {}
+    model = _split(spec, device)
+    anchors = _anchors(spec, model, progress)
+    if learnt:
+        # Anchors hold the student to the model first imported, so they came before these weights.
+        parameters = model.trainable()
+        for name, value in learnt.items():
+            parameters[name].data.copy_(value)
+    progress("read the demonstrations", 0.08)
+    encoder = _encoder(spec.current)
+    lessons = [encoder.lesson(d) for d in spec.train]
+    replay = [encoder.example(d.messages, d.answer) for d in spec.replay]
+    learner = Sdft(model, lessons, replay=replay, anchors=anchors, config=spec.learner)
+
+    def report(seen: StepReport) -> None:
+        fraction = 0.2 + 0.6 * seen.step / seen.steps
+        progress(f"learn {seen.step}/{seen.steps}", fraction, loss=seen.loss, anchor=seen.anchor)
+
+    return learnt | {name: value.cpu() for name, value in learner.learn(report).items()}
+
+
+def _split(spec: Spec, device: torch.device) -> SplitModel:
+    model = LlamaForCausalLM.from_pretrained(spec.masters, dtype=torch.float32, local_files_only=True)
+    layers = model.config.num_hidden_layers
+    return SplitModel(model, split=round(layers * spec.split_share), device=device)
+
+
+def _encoder(bundle: Path, system: str | None = None) -> Encoder:
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    harness = read_harness(bundle)
+    return Encoder(tokenizer, harness.system if system is None else system, read_config(bundle)["eos"][0])
+
+
+def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Example, Target]]:
+    """The base's own answers to general prompts, with its distributions; needs no data set."""
+    if not spec.learner.anchor_batch:
+        return []
+    base = Student.open(spec.base, threads=spec.threads)
+    chats = [chat(prompts.SYSTEM, [Message("user", p)]) for p in prompts.ANCHOR]
+    answers = base.answer_all(chats, _ANCHOR_TOKENS)
+    base.close()
+    progress("score the anchors", 0.05)
+    encoder = _encoder(spec.base, prompts.SYSTEM)
+    examples = [
+        encoder.example([Message("user", p)], a.text)
+        for p, a in zip(prompts.ANCHOR, answers, strict=True)
+        if a.text
+    ]
+    return list(zip(examples, keep(model, model.copy_upper(), examples), strict=True))
+
+
+def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def main() -> int:
+    """Entry point of the process; the exit code is 0 when a result was written."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    job = Path(sys.argv[1])
+    try:
+        result = run(job)
+    except AnabranchError as error:
+        log.error("the job failed: %s", error)  # noqa: TRY400  # the message is for people
+        write_atomically(job / "result.json", json.dumps({"passed": False, "error": str(error)}))
+        return 1
+    log.info("gate %s: %s", "passed" if result["passed"] else "failed", result["checks"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The gRPC service that devices fetch releases from and report to."""

@@ -1,0 +1,279 @@
+"""The Fleet service of ``protos/v1/fleet.proto`` on ``grpc.aio``.
+
+A watch stream costs one coroutine and one event: no thread, no polling. Everything that may wait
+for the disk runs in a thread, so that one slow read holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc import aio
+from prometheus_client import Counter, Gauge
+
+from cloud.releases.blobs import check_sha256
+from cloud.rollout.events import Outcome, Report
+from protos.errors import (
+    AnabranchError,
+    IntegrityError,
+    InvalidInputError,
+    StorageError,
+    UnavailableError,
+)
+from protos.grpc_options import MAX_CHUNK_BYTES, MAX_READ_BYTES, SERVER
+from protos.topics import check_name
+from protos.v1 import fleet_pb2, fleet_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from types import TracebackType
+    from typing import Any
+
+    from prometheus_client import CollectorRegistry
+
+    from cloud.releases.store import ReleaseStore
+    from cloud.rollout.driver import RolloutDriver
+
+_log = logging.getLogger(__name__)
+
+
+class _UnknownChannelError(InvalidInputError):
+    def __init__(self, channel: str) -> None:
+        super().__init__(
+            f"channel {channel!r} has no release yet: check the device's --channel, or try later"
+        )
+
+
+_CODES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
+    (_UnknownChannelError, grpc.StatusCode.NOT_FOUND),
+    (InvalidInputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (IntegrityError, grpc.StatusCode.DATA_LOSS),
+    (StorageError, grpc.StatusCode.UNAVAILABLE),
+)
+_OUTCOMES = {
+    fleet_pb2.UPDATE_STATE_IDLE: Outcome.PROGRESS,
+    fleet_pb2.UPDATE_STATE_FETCHING: Outcome.PROGRESS,
+    fleet_pb2.UPDATE_STATE_VERIFYING: Outcome.PROGRESS,
+    fleet_pb2.UPDATE_STATE_APPLYING: Outcome.PROGRESS,
+    fleet_pb2.UPDATE_STATE_PROBING: Outcome.PROGRESS,
+    fleet_pb2.UPDATE_STATE_ROLLING_BACK: Outcome.PROGRESS,
+    fleet_pb2.UPDATE_STATE_COMMITTED: Outcome.COMMITTED,
+    fleet_pb2.UPDATE_STATE_FAILED: Outcome.FAILED,
+    fleet_pb2.UPDATE_STATE_INCONSISTENT: Outcome.FAILED,
+}
+_MAX_DETAIL = 500
+_MAX_VERSION = 2**63 - 1  # SQLite's numbers have a sign, the protocol's have none
+
+
+class FleetService(fleet_pb2_grpc.FleetServicer):
+    """Serves releases out of the store, and tells the rollout driver what devices say."""
+
+    def __init__(
+        self, *, store: ReleaseStore, driver: RolloutDriver, registry: CollectorRegistry
+    ) -> None:
+        self._store = store
+        self._driver = driver
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._served = Counter(
+            "anabranch_served_bytes_total",
+            "Bytes of release files and deltas sent to devices.",
+            ["channel", "kind"],
+            registry=registry,
+        )
+        self._streams = Gauge(
+            "anabranch_watch_streams",
+            "Open watch streams of devices.",
+            ["channel"],
+            registry=registry,
+        )
+
+    async def Watch(  # noqa: N802 - the name is the protocol's
+        self,
+        request: fleet_pb2.WatchRequest,
+        context: aio.ServicerContext[fleet_pb2.WatchRequest, fleet_pb2.Target],
+    ) -> AsyncIterator[fleet_pb2.Target]:
+        """Send the device's target now and whenever it changes."""
+        async with _Errors(context):
+            channel = await self._known_channel(request.channel)
+            device = check_name(request.device, "device")
+            check_sha256(request.student)
+            changed = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def wake() -> None:
+                with suppress(RuntimeError):  # the loop was closed: the stream ends with it
+                    loop.call_soon_threadsafe(changed.set)
+
+            with (
+                self._driver.woken(channel, device, wake),
+                self._streams.labels(channel).track_inprogress(),
+            ):
+                async with self._presence(request):
+                    sent = None
+                    while True:
+                        changed.clear()
+                        target = self._driver.target(channel, device)
+                        if target == sent:
+                            await changed.wait()
+                        else:
+                            yield fleet_pb2.Target(release=target)
+                            sent = target
+
+    async def GetManifest(  # noqa: N802 - the name is the protocol's
+        self,
+        request: fleet_pb2.ManifestRequest,
+        context: aio.ServicerContext[fleet_pb2.ManifestRequest, fleet_pb2.ManifestReply],
+    ) -> fleet_pb2.ManifestReply:
+        """The signed manifest of one release, checked before it leaves."""
+        async with _Errors(context):
+            channel = check_name(request.channel, "channel")
+            version = min(request.release, _MAX_VERSION)
+            release = await asyncio.to_thread(self._store.find, channel, version)
+            if release is None:
+                msg = f"channel {channel!r} has no release {version}: use the one that Watch sends"
+                await context.abort(grpc.StatusCode.NOT_FOUND, msg)
+            if release.withdrawn:
+                msg = f"release {version} was withdrawn: wait for Watch to send a newer one"
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, msg)
+            return fleet_pb2.ManifestReply(signed_manifest=release.signed)
+
+    async def Read(  # noqa: N802 - the name is the protocol's
+        self,
+        request: fleet_pb2.ReadRequest,
+        context: aio.ServicerContext[fleet_pb2.ReadRequest, fleet_pb2.Chunk],
+    ) -> AsyncIterator[fleet_pb2.Chunk]:
+        """Send a range of a file or delta that some release of the channel names."""
+        async with _Errors(context):
+            channel = check_name(request.channel, "channel")
+            sha256, offset = check_sha256(request.sha256), request.offset
+            kind = await asyncio.to_thread(self._store.blob_kind, channel, sha256)
+            if kind is None:
+                msg = f"no release of channel {channel!r} has a file {sha256}: get the manifest"
+                await context.abort(grpc.StatusCode.NOT_FOUND, msg)
+            end = offset + min(request.length or MAX_READ_BYTES, MAX_READ_BYTES)
+            while True:
+                data, size = await asyncio.to_thread(
+                    self._store.blobs.read, sha256, offset, min(MAX_CHUNK_BYTES, end - offset)
+                )
+                if offset > size:
+                    msg = f"offset {offset} is past the end of {sha256}, which has {size} bytes"
+                    await context.abort(grpc.StatusCode.OUT_OF_RANGE, msg)
+                self._served.labels(channel, kind).inc(len(data))
+                yield fleet_pb2.Chunk(offset=offset, data=data, size=size)
+                offset += len(data)
+                if offset >= min(end, size):
+                    return
+
+    async def Report(  # noqa: N802 - the name is the protocol's
+        self,
+        request: fleet_pb2.UpdateReport,
+        context: aio.ServicerContext[fleet_pb2.UpdateReport, fleet_pb2.ReportReply],
+    ) -> fleet_pb2.ReportReply:
+        """Count a device's report once."""
+        async with _Errors(context):
+            channel = await self._known_channel(request.channel)
+            report = _report(request)
+            accepted = await asyncio.to_thread(self._driver.report, channel, report)
+            return fleet_pb2.ReportReply(accepted=accepted)
+
+    async def _known_channel(self, name: str) -> str:
+        channel = check_name(name, "channel")
+        if channel not in await asyncio.to_thread(self._store.channels):
+            raise _UnknownChannelError(channel)
+        return channel
+
+    @asynccontextmanager
+    async def _presence(self, request: fleet_pb2.WatchRequest) -> AsyncIterator[None]:
+        """The device is online inside, whenever and however the stream is cancelled."""
+        joining = asyncio.create_task(
+            asyncio.to_thread(
+                self._driver.connected,
+                request.channel,
+                request.device,
+                student=request.student,
+                release=min(request.release, _MAX_VERSION),
+            )
+        )
+        try:
+            # A cancelled wait would leave a thread behind that connects a device for ever.
+            await asyncio.shield(joining)
+            yield
+        finally:
+            leaving = asyncio.create_task(self._leave(joining, request.channel, request.device))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, joining: asyncio.Task[None], channel: str, device: str) -> None:
+        await asyncio.wait([joining])
+        if joining.cancelled() or joining.exception() is not None:
+            return
+        try:
+            await asyncio.to_thread(self._driver.disconnected, channel, device)
+        except StorageError:
+            # It counts as online until the next start; if it was told to update, the deadline ends
+            # that as well.
+            _log.exception("cannot note that device %s of channel %s is gone", device, channel)
+
+
+class _Errors:
+    """Ends a call with the status that fits an error of this project."""
+
+    def __init__(self, context: aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(
+        self, kind: object, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for kind_of_error, code in _CODES:
+            if isinstance(error, kind_of_error):
+                if code is not grpc.StatusCode.INVALID_ARGUMENT:
+                    _log.error("a device's call ends with %s: %s", code.name, error)
+                await self._context.abort(code, str(error))
+
+
+def _report(request: fleet_pb2.UpdateReport) -> Report:
+    outcome = _OUTCOMES.get(request.state)
+    if outcome is None:
+        msg = f"update state {request.state} is not known here: send one of fleet.proto's"
+        raise InvalidInputError(msg)
+    if request.sequence < 1:
+        msg = "a report needs a sequence of at least 1 that grows with each report"
+        raise InvalidInputError(msg)
+    return Report(
+        device=check_name(request.device, "device"),
+        release=request.release,
+        outcome=outcome,
+        student=check_sha256(request.student),
+        sequence=request.sequence,
+        detail=request.detail[:_MAX_DETAIL],
+    )
+
+
+async def serve(service: FleetService, *, listen: str) -> tuple[aio.Server, int]:
+    """Start to serve on ``host:port``; port 0 takes a free one.
+
+    Stop it with ``await server.stop(grace)``: watch streams never end by themselves, so a grace
+    longer than running reads need is waited out in vain.
+
+    Returns:
+        The running server and its port.
+
+    Raises:
+        UnavailableError: the address cannot be bound.
+    """
+    server = aio.server(options=SERVER)
+    fleet_pb2_grpc.add_FleetServicer_to_server(service, server)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        msg = f"cannot listen on {listen} ({error}): is another cloud running, or is it no address?"
+        raise UnavailableError(msg) from error
+    await server.start()
+    return server, port

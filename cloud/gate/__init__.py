@@ -1,0 +1,1 @@
+"""The gate: does the candidate know the new, and does it still know the old?"""

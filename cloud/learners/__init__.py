@@ -1,0 +1,1 @@
+"""Learners: turn demonstrations into weights."""

@@ -1,0 +1,1 @@
+"""Releases: content-addressed files, deltas between them, signed manifests."""

@@ -1,0 +1,92 @@
+"""Deltas between weights files, built when asked for and kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import zstandard
+
+from cloud.db import read, write
+from cloud.releases.tables import DeltaRow
+from edge.delta import encode
+from edge.delta.files import storage_errors
+from protos.errors import IntegrityError
+from protos.v1 import release_pb2
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy import Engine
+
+    from cloud.releases.blobs import Blobs
+
+_BLOCK = 1 << 20
+
+
+class DeltaStore:
+    """Builds and keeps deltas between blobs."""
+
+    def __init__(self, *, blobs: Blobs, engine: Engine) -> None:
+        self._blobs = blobs
+        self._engine = engine
+
+    def between(self, base_sha256: str, target_sha256: str) -> release_pb2.Delta | None:
+        """The delta that turns one weights file into another, from the cache or built now.
+
+        Returns:
+            None when the delta is no smaller than the compressed target.
+
+        Raises:
+            IntegrityError: a blob is missing or was damaged.
+            StorageError: the disk is full or failed.
+        """
+        sha256, size = self._cached(base_sha256, target_sha256) or self._build(
+            base_sha256, target_sha256
+        )
+        if not sha256:
+            return None
+        return release_pb2.Delta(
+            base_sha256=base_sha256, target_sha256=target_sha256, sha256=sha256, size=size
+        )
+
+    def _cached(self, base_sha256: str, target_sha256: str) -> tuple[str, int] | None:
+        with read(self._engine) as session:
+            row = session.get(DeltaRow, (base_sha256, target_sha256))
+            known = None if row is None else (row.sha256, row.size)
+        if known is not None and known[0]:
+            try:
+                self._blobs.check(known[0])
+            except IntegrityError:
+                return None  # damaged or gone: it is built again
+        return known
+
+    def _build(self, base_sha256: str, target_sha256: str) -> tuple[str, int]:
+        base, target = self._blobs.path(base_sha256), self._blobs.path(target_sha256)
+        made = self._blobs.temporary()
+        self._blobs.check(base_sha256)
+        self._blobs.check(target_sha256)
+        try:
+            size = encode(base, target, made).size
+            pays = _compressed_exceeds(target, size)
+            sha256 = self._blobs.put(made).sha256 if pays else ""
+        finally:
+            made.unlink(missing_ok=True)
+        with write(self._engine) as session:
+            session.merge(
+                DeltaRow(
+                    base_sha256=base_sha256, target_sha256=target_sha256, sha256=sha256, size=size
+                )
+            )
+        return sha256, size
+
+
+def _compressed_exceeds(path: Path, size: int) -> bool:
+    """Whether the compressed file is bigger than ``size`` bytes; reads no more than it takes."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    compressed = 0
+    with storage_errors(f"compressing {path}"), path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            compressed += len(compressor.compress(block))
+            if compressed > size:
+                return True
+    return compressed + len(compressor.flush()) > size

@@ -1,0 +1,242 @@
+"""Carries rollouts out: keeps their state on the disk, feeds it events, wakes who waits for it.
+
+An event counts when the transaction with all its consequences is committed. Who dies before has not
+accepted it and the device sends it again; who dies after comes back to the same state.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+from sqlalchemy.orm import Mapped, mapped_column
+
+from cloud.db import Base, create_tables, read, write
+from cloud.rollout import events
+from cloud.rollout.machine import is_stale, step
+from cloud.rollout.metrics import RolloutCollector
+from cloud.rollout.state import Content, Phase, Plan, Rollout, dump_device, dump_header, load
+from protos.topics import check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from prometheus_client import CollectorRegistry
+    from sqlalchemy import Engine
+
+_log = logging.getLogger(__name__)
+
+
+class RolloutChannelRow(Base):
+    """A channel's rollout without its devices, as JSON."""
+
+    __tablename__ = "rollout_channels"
+
+    channel: Mapped[str] = mapped_column(primary_key=True)
+    header: Mapped[str]
+
+
+class RolloutDeviceRow(Base):
+    """One device in a channel's rollout, as JSON."""
+
+    __tablename__ = "rollout_devices"
+
+    channel: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    body: Mapped[str]
+
+
+class RolloutDriver:
+    """The rollouts of all channels. Any thread may call it; every method may wait for the disk.
+
+    Call :meth:`tick` every few seconds: deadlines and soak times pass only there. When
+    :meth:`abort` returns a content, or :meth:`rollback` does after a restart, publish a release
+    with that content and :meth:`begin` it.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        clock: Callable[[], float],
+        registry: CollectorRegistry,
+        plan: Plan | None = None,
+    ) -> None:
+        """Load what the database knows.
+
+        Args:
+            engine: from :func:`cloud.db.open_database`.
+            clock: seconds since the epoch.
+            registry: where the metrics go.
+            plan: for rollouts that begin from now on.
+
+        Raises:
+            IntegrityError: the stored state is damaged.
+            StorageError: the disk is full or failed.
+        """
+        self._engine = engine
+        self._clock = clock
+        self._plan = plan or Plan()
+        self._lock = threading.RLock()
+        # Apart from the lock that is held while the disk works: an event loop takes this one.
+        self._wakers_lock = threading.Lock()
+        self._states: dict[str, Rollout] = {}
+        self._streams: dict[tuple[str, str], int] = defaultdict(int)
+        self._wakers: dict[tuple[str, str], set[Callable[[], None]]] = defaultdict(set)
+        create_tables(engine, RolloutChannelRow, RolloutDeviceRow)
+        self._load()
+        for channel in self._states:
+            self._apply(channel, events.Restarted())
+        registry.register(RolloutCollector(self.states))
+
+    def begin(
+        self, channel: str, version: int, *, student: str, devices: Iterable[str] = ()
+    ) -> None:
+        """Begin the rollout of a release; a rollout that is under way is superseded. Twice is once.
+
+        Args:
+            channel: the release's.
+            version: the release's.
+            student: the digest of the release's bundle.
+            devices: names known from elsewhere, whether online or not.
+
+        Raises:
+            InvalidInputError: a release that is not older has begun before, or a name is none.
+            StorageError: the disk is full or failed; nothing changed.
+        """
+        check_name(channel, "channel")
+        names = tuple(check_name(device, "device") for device in devices)
+        self._apply(channel, events.Begin(Content(version, student), self._plan, names))
+
+    def connected(self, channel: str, device: str, *, student: str, release: int) -> None:
+        """A device opened a watch stream, and says what it runs."""
+        with self._lock:
+            self._apply(channel, events.Seen(device, student, release))
+            self._streams[channel, device] += 1
+
+    def disconnected(self, channel: str, device: str) -> None:
+        """One watch stream of a device ended; with the last one the device is offline."""
+        with self._lock:
+            self._streams[channel, device] -= 1
+            if self._streams[channel, device] <= 0:
+                del self._streams[channel, device]
+                self._apply(channel, events.Gone(device))
+
+    def report(self, channel: str, report: events.Report) -> bool:
+        """Take a device's report.
+
+        Returns:
+            False when a newer report of the device is known; the same one twice is fine.
+
+        Raises:
+            StorageError: the disk is full or failed; the device has to report again.
+        """
+        with self._lock:
+            if is_stale(self.state(channel), report):
+                return False
+            self._apply(channel, report)
+            return True
+
+    def alarm(self, channel: str, device: str, student: str) -> None:
+        """A device's drift vote raised an alarm on ``student`` (a digest)."""
+        self._apply(channel, events.Alarm(device, student))
+
+    def tick(self) -> None:
+        """Let deadlines and soak times pass in every channel."""
+        for channel in self.states():
+            self._apply(channel, events.Tick())
+
+    def pause(self, channel: str) -> None:
+        """Tell no more devices until :meth:`resume`; newer releases wait as well."""
+        self._apply(channel, events.Pause())
+
+    def resume(self, channel: str) -> None:
+        """Go on after a pause or a halt; what failed until now counts no more."""
+        self._apply(channel, events.Resume())
+
+    def abort(self, channel: str, reason: str) -> Content | None:
+        """Give the release up; see :meth:`rollback` for what is returned."""
+        self._apply(channel, events.Abort(reason))
+        return self.rollback(channel)
+
+    def rollback(self, channel: str) -> Content | None:
+        """What a newer release has to bring back after an abort; None when nothing has to be."""
+        return self.state(channel).rollback()
+
+    def target(self, channel: str, device: str) -> int:
+        """The version that a device should run; 0: nothing to do."""
+        return self.state(channel).target(device)
+
+    def state(self, channel: str) -> Rollout:
+        """The channel's rollout; an idle one before the first release."""
+        return self._states.get(channel) or Rollout(channel)
+
+    def states(self) -> dict[str, Rollout]:
+        """Every channel's rollout."""
+        return dict(self._states)
+
+    @contextmanager
+    def woken(self, channel: str, device: str, wake: Callable[[], None]) -> Iterator[None]:
+        """Have ``wake`` called, from any thread, whenever the device's target has changed."""
+        with self._wakers_lock:
+            self._wakers[channel, device].add(wake)
+        try:
+            yield
+        finally:
+            with self._wakers_lock:
+                self._wakers[channel, device].discard(wake)
+                if not self._wakers[channel, device]:
+                    del self._wakers[channel, device]
+
+    def _apply(self, channel: str, event: events.Event) -> None:
+        with self._lock:
+            before = self.state(channel)
+            after, commands = step(before, event, self._clock())
+            if after is before:
+                return
+            self._save(before, after)
+            self._states[channel] = after
+        told = [c.device for c in commands if isinstance(c, events.SetTarget)]
+        with self._wakers_lock:
+            wakers = [w for name in told for w in self._wakers.get((channel, name), ())]
+        for wake in wakers:
+            wake()
+        _log_change(before, after)
+
+    def _save(self, before: Rollout, after: Rollout) -> None:
+        with write(self._engine) as session:
+            session.merge(RolloutChannelRow(channel=after.channel, header=dump_header(after)))
+            for name, device in after.devices.items():
+                if device is not before.devices.get(name):
+                    session.merge(
+                        RolloutDeviceRow(
+                            channel=after.channel, device=name, body=dump_device(device)
+                        )
+                    )
+
+    def _load(self) -> None:
+        devices = defaultdict(list)
+        with read(self._engine) as session:
+            for row in session.scalars(select(RolloutDeviceRow)):
+                devices[row.channel].append(row.body)
+            for channel in session.scalars(select(RolloutChannelRow)):
+                self._states[channel.channel] = load(channel.header, devices[channel.channel])
+
+
+def _log_change(before: Rollout, after: Rollout) -> None:
+    if (before.version, before.phase, before.wave) == (after.version, after.phase, after.wave):
+        return
+    level = logging.WARNING if after.phase in (Phase.HALTED, Phase.ABORTED) else logging.INFO
+    _log.log(
+        level,
+        "channel %s: release %d is %s, wave %d%s",
+        after.channel,
+        after.version,
+        after.phase,
+        after.wave,
+        f": {after.reason}" if after.reason else "",
+    )

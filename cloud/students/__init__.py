@@ -1,0 +1,1 @@
+"""Students: bring a model in, quantize it once, write codes back, export the file that devices run."""

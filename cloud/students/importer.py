@@ -1,0 +1,105 @@
+"""``anabranch student import``: bring a model in once, check its export, keep the result by content.
+
+The folder holds ``bundle/`` (what devices run), ``masters/`` (fp32, what learners go on from) and
+``import.json`` (what it was made of, and the check).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cloud.students import check, export, source
+from edge.student.bundle import digest, sha256_file
+from protos.errors import IntegrityError, InvalidInputError
+from protos.harness import Harness
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported student: its folders, digest, and how its file agrees with torch."""
+
+    bundle: Path
+    masters: Path
+    digest: str
+    check: check.Agreement
+
+
+def bring_in(
+    path: Path, harness: Harness, out: Path, progress: Callable[[str, float], None]
+) -> Imported:
+    """Import a GGUF file or a Hugging Face folder into ``out``; unchanged input is not redone.
+
+    Raises:
+        InvalidInputError: the source is not a model of the Llama family, or ``out`` is in use.
+    """
+    key = _key(path, harness)
+    try:
+        return _cached(out, key)
+    except (IntegrityError, InvalidInputError, OSError, ValueError, KeyError):
+        pass  # absent, broken or made of other input: made anew below
+    if out.exists() and any(out.iterdir()) and not (out / "import.json").exists():
+        msg = f"{out} holds other files: name an empty folder or an imported student"
+        raise InvalidInputError(msg)
+    progress("read the model", 0.0)
+    brought = source.load(path)
+    work = out.with_name(out.name + ".importing")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    progress("quantize and export", 0.35)
+    export.export(brought, harness, work / "bundle")
+    progress("check against torch", 0.45)
+    agreement = check.compare(
+        brought, work / "bundle", lambda part: progress("check against torch", 0.45 + 0.45 * part)
+    )
+    progress("keep fp32 masters", 0.9)
+    brought.model.save_pretrained(work / "masters")
+    note = {"version": VERSION, "key": key, "name": brought.name, "check": asdict(agreement)}
+    note["digest"] = digest(work / "bundle")
+    (work / "import.json").write_text(json.dumps(note, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work.replace(out)
+    return _cached(out, key)
+
+
+def open_imported(out: Path) -> Imported:
+    """An imported student's folders.
+
+    Raises:
+        InvalidInputError: ``out`` was not made by ``anabranch student import``.
+    """
+    try:
+        return _cached(out, None)
+    except (OSError, ValueError, KeyError) as error:
+        msg = f"{out} holds no imported student: run `anabranch student import --out {out}` first"
+        raise InvalidInputError(msg) from error
+
+
+def _cached(out: Path, key: str | None) -> Imported:
+    note = json.loads((out / "import.json").read_text())
+    if note["version"] != VERSION or (key is not None and note["key"] != key):
+        msg = f"{out} was imported from other input"
+        raise InvalidInputError(msg)
+    if digest(out / "bundle") != note["digest"]:
+        msg = f"{out / 'bundle'} has changed since it was imported"
+        raise IntegrityError(msg)
+    agreement = check.Agreement(**note["check"])
+    return Imported(out / "bundle", out / "masters", note["digest"], agreement)
+
+
+def _key(path: Path, harness: Harness) -> str:
+    """What decides an import: the source's bytes, the harness, and this module's version."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        msg = f"{path} is neither a GGUF file nor a Hugging Face folder"
+        raise InvalidInputError(msg)
+    parts = [str(VERSION).encode(), harness.to_json()]
+    parts += [f"{p.name} {sha256_file(p)}".encode() for p in files]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()

@@ -1,0 +1,1 @@
+"""What runs on a device. May import protos, never cloud; needs no torch."""

@@ -1,0 +1,1 @@
+"""The device's HTTP API on loopback: OpenAI-compatible chat, feedback, health."""

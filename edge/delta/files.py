@@ -1,0 +1,135 @@
+"""Files that appear whole or not at all, whatever moment the power goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
+
+from protos.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+_log = logging.getLogger(__name__)
+
+TEMPORARY = ".tmp"
+"""Suffix of what is not finished: whoever finds it after a crash may delete it."""
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn an operating system's error into a :class:`StorageError` that says what was being done.
+
+    >>> with storage_errors("writing the pointer"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    ...
+    protos.errors.StorageError: writing the pointer: No space left on device; what was stored \
+before is still there: free space or check the disk, then try again
+    """
+    try:
+        yield
+    except OSError as error:
+        msg = (
+            f"{doing}: {error.strerror or error}; what was stored before is still there: "
+            "free space or check the disk, then try again"
+        )
+        raise StorageError(msg) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in ``folder`` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Give a file that cannot be read another name, and log it: evidence is never overwritten.
+
+    Raises:
+        StorageError: it cannot be renamed.
+    """
+    taken = [p.name for p in path.parent.glob(f"{path.name}.corrupt-*")]
+    aside = path.with_name(f"{path.name}.corrupt-{len(taken) + 1}")
+    with storage_errors(f"setting {path} aside"):
+        path.replace(aside)
+    _log.error("%s is corrupt (%s): set aside as %s, going on without it", path, why, aside.name)
+    return aside
+
+
+class AtomicFile:
+    """A file that gets its name only at :meth:`commit`; otherwise nothing of it is left.
+
+    Use it in a ``with`` block. Every failure of the disk is a :class:`StorageError`.
+    """
+
+    def __init__(self, path: Path, *, fsync: bool = True) -> None:
+        self._path = path
+        self._fsync = fsync
+        self._temporary = path.with_name(path.name + TEMPORARY)
+        self._descriptor = -1
+        self._committed = False
+
+    def __enter__(self) -> Self:
+        with storage_errors(f"creating {self._temporary}"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            self._descriptor = os.open(self._temporary, flags, 0o644)
+        return self
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append all of ``data``."""
+        view = memoryview(data).cast("B")
+        with storage_errors(f"writing {self._temporary}"):
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def write_at(self, data: bytes, offset: int) -> None:
+        """Overwrite bytes written before, from ``offset`` on."""
+        with storage_errors(f"writing {self._temporary}"):
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            self.write(data)
+            os.lseek(self._descriptor, 0, os.SEEK_END)
+
+    def commit(self) -> None:
+        """Make the content durable, then give it its name."""
+        with storage_errors(f"storing {self._path}"):
+            if self._fsync:
+                os.fsync(self._descriptor)
+            self._close()
+            os.replace(self._temporary, self._path)  # noqa: PTH105 # one module to inject faults in
+            self._committed = True
+            if self._fsync:
+                fsync_folder(self._path.parent)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+        if not self._committed:
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: after a crash it holds all of the old or all of the new.
+
+    Raises:
+        StorageError: the disk is full or failed; the old content is still there.
+    """
+    with AtomicFile(path) as file:
+        file.write(data)
+        file.commit()

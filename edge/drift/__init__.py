@@ -1,0 +1,1 @@
+"""Drift: three signals, River detectors, one vote."""

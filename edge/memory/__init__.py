@@ -1,0 +1,1 @@
+"""Working memory: demonstrations in use until a release covers them."""

@@ -1,0 +1,1 @@
+"""The student's runtime: ONNX Runtime session, key-value cache, tokens, sampling."""

@@ -1,0 +1,1 @@
+"""The update client: fetch a signed release, prove it beside the running student, swap."""

@@ -1,0 +1,46 @@
+"""Metrics of updates on one device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter, Enum
+
+from edge.update.machine import State
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+
+class UpdateMetrics:
+    """State, bytes and results.
+
+    Attributes:
+        fetched: bytes that came in, those thrown away included, by kind of download.
+        updates: how updates ended.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._state = Enum(
+            "anabranch_update_state",
+            "What the update client is doing",
+            states=[s.name.lower() for s in State],
+            registry=registry,
+        )
+        self.fetched = Counter(
+            "anabranch_update_fetched_bytes",
+            "Bytes fetched for updates, those thrown away included",
+            ["kind"],
+            registry=registry,
+        )
+        self.updates = Counter(
+            "anabranch_updates", "Updates by how they ended", ["result"], registry=registry
+        )
+        for kind in ("delta", "file"):
+            self.fetched.labels(kind)
+        for result in ("committed", "failed"):
+            self.updates.labels(result)
+
+    def entered(self, state: State) -> None:
+        """Show a new state."""
+        self._state.state(state.name.lower())

@@ -1,0 +1,284 @@
+"""The work of an update's states. Everything here may be done twice: a crash can come anywhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from edge import delta
+from edge.delta.files import storage_errors, write_atomic
+from edge.student.bundle import list_files
+from edge.update.machine import Event
+from edge.update.plan import Step, downloads, plan
+from edge.update.probe import Student, judge, probe, resident_bytes
+from edge.update.slots import Entry, Slots, link
+from protos.errors import IntegrityError, InvalidInputError, ProbeError, SignatureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from edge.update.fetch import Downloads
+    from edge.update.journal import Record
+    from edge.update.plan import Download
+    from edge.update.transport import Transport
+    from edge.update.trust import TrustedReleases
+    from protos.v1 import release_pb2
+
+StudentT = TypeVar("StudentT", bound=Student)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(Generic[StudentT]):
+    """What the agent gives the update client.
+
+    Attributes:
+        open_student: opens the bundle in a folder, or raises IntegrityError.
+        swap: puts an open student into service between two requests and closes the old one; if it
+            raises, the old one still serves.
+        on_commit: called with the manifest once its student serves and every later start will
+            choose it: wipe what ``learned_from`` names. It may be called again after a crash.
+        rss_bytes: resident memory of this process.
+        monotonic: seconds, for timing canaries.
+    """
+
+    open_student: Callable[[Path], StudentT]
+    swap: Callable[[StudentT], None]
+    on_commit: Callable[[release_pb2.Manifest], None]
+    rss_bytes: Callable[[], int] = resident_bytes
+    monotonic: Callable[[], float] = time.monotonic
+
+
+class Work(Generic[StudentT]):
+    """Does what the machine's actions ask for; each takes the record and returns an event."""
+
+    def __init__(
+        self,
+        *,
+        device: Device[StudentT],
+        slots: Slots,
+        downloads: Downloads,
+        manifest_file: Path,
+        serving: Entry,
+        transport: Transport,
+        trusted: TrustedReleases,
+        clock: Callable[[], float],
+        interrupted: Callable[[], bool],
+        took: Callable[[Download, int], None],
+    ) -> None:
+        self.serving = serving
+        self._device = device
+        self._slots = slots
+        self._downloads = downloads
+        self._manifest_file = manifest_file
+        self._transport = transport
+        self._trusted = trusted
+        self._clock = clock
+        self._interrupted = interrupted
+        self._took = took
+        self._steps: tuple[Step, ...] = ()
+        self._candidate: StudentT | None = None
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether the present plan uses a delta."""
+        return any(d.kind == "delta" for d in downloads(self._steps))
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes fetched, and to fetch in all, of the present plan."""
+        wanted = downloads(self._steps)
+        return sum(map(self._downloads.fetched, wanted)), sum(d.size for d in wanted)
+
+    def fetch(self, record: Record) -> tuple[Event | None, Record]:
+        """Get the manifest, decide what is needed, and download it; None: it was interrupted.
+
+        Raises:
+            SignatureError: the manifest cannot be trusted.
+            ProbeError: its student failed before.
+            IntegrityError: the cloud sent other bytes than it should.
+            InvalidInputError: the cloud does not have a file of the release.
+            UnavailableError: the cloud does not answer.
+            StorageError: the disk is full or failed.
+        """
+        manifest = self._get_manifest(record)
+        record = replace(record, student=manifest.student)
+        self._steps = self._plan(manifest, full=record.full)
+        wanted = downloads(self._steps)
+        self._downloads.keep_only(wanted)
+        for download in wanted:
+            try:
+                self._downloads.fetch(
+                    download, self._transport, took=self._took, interrupted=self._interrupted
+                )
+            except InvalidInputError:
+                if download.kind == "file":
+                    raise
+                return Event.REFETCH, replace(record, full=True)
+            if self._interrupted():
+                return None, record
+        return Event.FETCHED, record
+
+    def verify(self, record: Record) -> tuple[Event, Record]:
+        """Hash the downloads.
+
+        Raises:
+            IntegrityError: one is wrong; it was thrown away.
+            StorageError: the disk failed.
+        """
+        for download in downloads(self._steps):
+            self._downloads.verify(download)
+        return Event.VERIFIED, record
+
+    def apply(self, record: Record) -> tuple[Event, Record]:
+        """Make the slot; it appears only whole and with the right digest.
+
+        Raises:
+            IntegrityError: base and downloads do not make the student.
+            StorageError: the disk is full or failed.
+        """
+        if self._steps:
+            base = self._slots.folder(self.serving.student)
+            makers = {s.name: self._maker(s, base / s.name) for s in self._steps}
+            self._slots.build(record.student, makers)
+        return Event.APPLIED, record
+
+    def probe(self, record: Record) -> tuple[Event, Record]:
+        """Open the new student beside the running one and run the canaries.
+
+        Raises:
+            ProbeError: it must not serve.
+            IntegrityError: it cannot be opened, or is not there whole.
+        """
+        manifest = self._read_manifest(record)
+        self.close_candidate()
+        self._candidate = self._device.open_student(self._slots.check(record.student))
+        probed = probe(
+            self._candidate,
+            manifest.canaries,
+            monotonic=self._device.monotonic,
+            rss_bytes=self._device.rss_bytes,
+        )
+        judge(probed, manifest.bounds)
+        return Event.PROBED, replace(record, equal_share=probed.equal_share)
+
+    def commit(self, record: Record) -> tuple[Event, Record]:
+        """Swap, move the pointer, and let the agent wipe what the release covers.
+
+        Raises:
+            IntegrityError: after a restart the new student cannot be opened any more.
+            StorageError: the pointer cannot be written.
+        """
+        manifest = self._read_manifest(record)
+        new = Entry(record.student, record.release)
+        self._put_into_service(new)
+        pointer = self._slots.pointer()
+        if pointer.current != new:
+            other = record.base.student != new.student
+            self._slots.point(new, record.base if other else pointer.previous)
+        self._device.on_commit(manifest)
+        return Event.FINISHED, replace(record, floor=max(record.floor, record.release))
+
+    def restore(self, record: Record) -> tuple[Event, Record]:
+        """Bring back the student that served before the update, where it does not serve still.
+
+        Raises:
+            IntegrityError: it is damaged.
+            StorageError: the pointer cannot be written.
+        """
+        self.close_candidate()
+        self._put_into_service(record.base)
+        if self._slots.pointer().current != record.base:
+            self._slots.point(record.base, None)
+        return Event.FINISHED, record
+
+    def clean(self) -> None:
+        """Delete downloads, and slots that are neither pointed to nor in service."""
+        self.close_candidate()
+        self._steps = ()
+        self._downloads.keep_only(())
+        self._manifest_file.unlink(missing_ok=True)
+        self._slots.clean({self.serving.student})
+
+    def free_space(self) -> None:
+        """Delete what can be fetched again, so that there is room for the journal."""
+        self._downloads.keep_only(())
+
+    def close_candidate(self) -> None:
+        """Close a student that was opened and does not serve."""
+        if self._candidate is not None:
+            candidate, self._candidate = self._candidate, None
+            candidate.close()
+
+    def _put_into_service(self, entry: Entry) -> None:
+        if self.serving.student != entry.student:
+            student = self._candidate
+            if student is None:
+                student = self._device.open_student(self._slots.check(entry.student))
+            self._candidate = student  # closed by whoever gives up when the swap raises
+            self._device.swap(student)
+            self._candidate = None
+        self.close_candidate()
+        self.serving = entry
+
+    def _get_manifest(self, record: Record) -> release_pb2.Manifest:
+        """The manifest of the wanted release: the one kept, or the cloud's."""
+        now_ms = int(self._clock() * 1000)
+        try:
+            manifest = self._read_manifest(record, now_ms=now_ms)
+        except IntegrityError:
+            signed = self._transport.get_manifest(record.release)
+            manifest = self._trusted.manifest(signed, now_ms=now_ms)
+            _check_release(manifest, record)
+            write_atomic(self._manifest_file, signed)
+        if manifest.student == record.failed.student and record.release <= record.failed.release:
+            msg = (
+                f"the student of release {record.release} failed under release "
+                f"{record.failed.release} already: publish a newer release"
+            )
+            raise ProbeError(msg)
+        return manifest
+
+    def _read_manifest(self, record: Record, *, now_ms: int = 0) -> release_pb2.Manifest:
+        """The manifest kept on the disk; at time 0 it has not expired: it was believed in time."""
+        with storage_errors(f"reading {self._manifest_file}"):
+            there = self._manifest_file.exists()
+            signed = self._manifest_file.read_bytes() if there else b""
+        manifest = self._trusted.manifest(signed, now_ms=now_ms)
+        _check_release(manifest, record)
+        return manifest
+
+    def _plan(self, manifest: release_pb2.Manifest, *, full: bool) -> tuple[Step, ...]:
+        """What to do, from what is on the disk now: an altered base is seen here."""
+        try:
+            self._slots.check(manifest.student)
+        except IntegrityError:
+            pass
+        else:
+            return ()  # the slot is there: a release that brings an old student back
+        folder = self._slots.folder(self.serving.student)
+        try:
+            with storage_errors(f"reading {folder}"):
+                base = {f.name: f.sha256 for f in list_files(folder)}
+        except IntegrityError:
+            base = {}
+        return plan(manifest, base, full=full)
+
+    def _maker(self, step: Step, base: Path) -> Callable[[Path], None]:
+        if step.download is None:
+            return partial(link, base)
+        path = self._downloads.path(step.download)
+        if step.download.kind == "delta":
+            return partial(delta.apply, base, path)
+        # A copy of its own would cost a second time the space and the wear.
+        return partial(link, path)
+
+
+def _check_release(manifest: release_pb2.Manifest, record: Record) -> None:
+    if manifest.version != record.release:
+        msg = (
+            f"release {record.release} was asked for and the manifest is of {manifest.version}: "
+            "it is not used, the old student serves on"
+        )
+        raise SignatureError(msg)

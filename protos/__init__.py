@@ -1,0 +1,1 @@
+"""The contract between devices and cloud: messages, topics, errors, and the prompt."""

@@ -1,0 +1,47 @@
+"""One tree of errors for the whole system.
+
+A message says what was wrong, where, and what to do. The tree is split by what the caller can do
+about it, not by the part that raised it.
+"""
+
+from __future__ import annotations
+
+
+class AnabranchError(Exception):
+    """Root of every error that this project raises on purpose."""
+
+
+class InvalidInputError(AnabranchError):
+    """What was given is malformed or out of bounds: the giver must change it."""
+
+
+class ContextLengthError(InvalidInputError):
+    """A prompt does not fit into the student's context."""
+
+
+class IntegrityError(AnabranchError):
+    """Bytes are not what a digest or a signature says: fetch them again, or do not trust them."""
+
+
+class SignatureError(IntegrityError):
+    """A manifest is not signed by a trusted key."""
+
+
+class WrongBaseError(IntegrityError):
+    """A delta was made for another file: fetch the full file instead."""
+
+
+class ProbeError(AnabranchError):
+    """A new student failed its probe and must not serve."""
+
+
+class StorageError(AnabranchError):
+    """The disk is full or failed: what was stored before is still there; free space and retry."""
+
+
+class UnavailableError(AnabranchError):
+    """The other side cannot be reached now: retry later."""
+
+
+class TrainingError(AnabranchError):
+    """A learning job cannot go on (no evidence, diverged, out of memory)."""

@@ -1,0 +1,75 @@
+"""The harness: everything around the weights that shapes an answer.
+
+It is a file of the student bundle (``harness.json``), so a release may change it without touching
+a weight, and it is signed, gated and rolled back in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jsonschema
+
+from protos.errors import InvalidInputError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Harness:
+    """System prompt, answer schema and decoding settings.
+
+    ``schema`` is a JSON schema (draft 2020-12) that a right answer satisfies, or None where answers
+    are free text. ``max_tokens`` bounds an answer. ``memory_shown`` is how many demonstrations of
+    the working memory a prompt may show, ``memory_similarity`` (0..1) how near to the request they
+    must be.
+    """
+
+    system: str = "You are a helpful assistant."
+    schema: dict[str, Any] | None = None
+    max_tokens: int = 96
+    memory_shown: int = 3
+    memory_similarity: float = 0.5
+    version: int = field(default=VERSION, kw_only=True)
+
+    def to_json(self) -> bytes:
+        """Canonical bytes: equal harnesses have equal digests."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Harness:
+        """Parse ``harness.json``.
+
+        Raises:
+            InvalidInputError: not JSON, of another version, or with a broken schema.
+        """
+        try:
+            raw = json.loads(data)
+            if raw.get("version") != VERSION:
+                msg = f"harness version {raw.get('version')!r} is not {VERSION}: update the agent"
+                raise InvalidInputError(msg)
+            harness = cls(**raw)
+            if harness.schema is not None:
+                jsonschema.Draft202012Validator.check_schema(harness.schema)
+        except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
+            msg = f"harness.json is malformed: {error}"
+            raise InvalidInputError(msg) from error
+        return harness
+
+    def breaks_schema(self, answer: str) -> bool:
+        """Tell whether an answer violates the schema (never, where there is none).
+
+        >>> Harness(schema={"type": "object", "required": ["name"]}).breaks_schema('{"name":"on"}')
+        False
+        >>> Harness(schema={"type": "object"}).breaks_schema("Sure! The lamp is on.")
+        True
+        """
+        if self.schema is None:
+            return False
+        try:
+            value = json.loads(answer)
+        except ValueError:
+            return True
+        return not jsonschema.Draft202012Validator(self.schema).is_valid(value)
