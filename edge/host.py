@@ -33,9 +33,20 @@ class BusyError(UnavailableError):
 class Servable(Protocol):
     """What a host needs of :class:`edge.student.runtime.Student`."""
 
-    digest: str
-    harness: Harness
-    context_length: int
+    @property
+    def digest(self) -> str:
+        """Digest of its bundle."""
+        ...
+
+    @property
+    def harness(self) -> Harness:
+        """Its harness."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt with its answer."""
+        ...
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a prompt."""

@@ -78,6 +78,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self._store = store
         self._driver = driver
         self._leaving: set[asyncio.Task[None]] = set()
+        self._present = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._served = Counter(
             "anabranch_served_bytes_total",
             "Bytes of release files and deltas sent to devices.",
@@ -180,6 +183,10 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             accepted = await asyncio.to_thread(self._driver.report, channel, report)
             return fleet_pb2.ReportReply(accepted=accepted)
 
+    async def drain(self) -> None:
+        """Wait until every watch stream's end is on the disk; call it once the server stopped."""
+        await self._quiet.wait()
+
     async def _known_channel(self, name: str) -> str:
         channel = check_name(name, "channel")
         if channel not in await asyncio.to_thread(self._store.channels):
@@ -189,6 +196,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     @asynccontextmanager
     async def _presence(self, request: fleet_pb2.WatchRequest) -> AsyncIterator[None]:
         """The device is online inside, whenever and however the stream is cancelled."""
+        self._present += 1
+        self._quiet.clear()
         joining = asyncio.create_task(
             asyncio.to_thread(
                 self._driver.connected,
@@ -208,15 +217,18 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             leaving.add_done_callback(self._leaving.discard)
 
     async def _leave(self, joining: asyncio.Task[None], channel: str, device: str) -> None:
-        await asyncio.wait([joining])
-        if joining.cancelled() or joining.exception() is not None:
-            return
         try:
-            await asyncio.to_thread(self._driver.disconnected, channel, device)
+            await asyncio.wait([joining])
+            if not joining.cancelled() and joining.exception() is None:
+                await asyncio.to_thread(self._driver.disconnected, channel, device)
         except StorageError:
             # It counts as online until the next start; if it was told to update, the deadline ends
             # that as well.
             _log.exception("cannot note that device %s of channel %s is gone", device, channel)
+        finally:
+            self._present -= 1
+            if self._present == 0:
+                self._quiet.set()
 
 
 class _Errors:
@@ -233,7 +245,7 @@ class _Errors:
     ) -> None:
         for kind_of_error, code in _CODES:
             if isinstance(error, kind_of_error):
-                if code is not grpc.StatusCode.INVALID_ARGUMENT:
+                if not isinstance(error, InvalidInputError):
                     _log.error("a device's call ends with %s: %s", code.name, error)
                 await self._context.abort(code, str(error))
 
@@ -259,8 +271,8 @@ def _report(request: fleet_pb2.UpdateReport) -> Report:
 async def serve(service: FleetService, *, listen: str) -> tuple[aio.Server, int]:
     """Start to serve on ``host:port``; port 0 takes a free one.
 
-    Stop it with ``await server.stop(grace)``: watch streams never end by themselves, so a grace
-    longer than running reads need is waited out in vain.
+    Stop it with ``await server.stop(grace)`` and then ``await service.drain()``. Watch streams do
+    not end by themselves: a grace longer than running reads need is waited out in vain.
 
     Returns:
         The running server and its port.

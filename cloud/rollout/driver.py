@@ -12,7 +12,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cloud.db import Base, create_tables, read, write
@@ -208,15 +208,19 @@ class RolloutDriver:
         _log_change(before, after)
 
     def _save(self, before: Rollout, after: Rollout) -> None:
+        known: list[dict[str, str]] = []
+        new: list[dict[str, str]] = []
+        for name, device in after.devices.items():
+            if device is not before.devices.get(name):
+                row = {"channel": after.channel, "device": name, "body": dump_device(device)}
+                (known if name in before.devices else new).append(row)
         with write(self._engine) as session:
             session.merge(RolloutChannelRow(channel=after.channel, header=dump_header(after)))
-            for name, device in after.devices.items():
-                if device is not before.devices.get(name):
-                    session.merge(
-                        RolloutDeviceRow(
-                            channel=after.channel, device=name, body=dump_device(device)
-                        )
-                    )
+            # In bulk: opening the last wave changes thousands of devices in one transaction.
+            if known:
+                session.execute(update(RolloutDeviceRow), known)
+            if new:
+                session.execute(insert(RolloutDeviceRow), new)
 
     def _load(self) -> None:
         devices = defaultdict(list)

@@ -87,7 +87,7 @@ def test_a_stream_arrives_word_by_word(tmp_path: Path) -> None:
 def test_a_client_that_hangs_up_stops_its_decoding(
     tmp_path: Path,
     eventually: Eventually,
-    stream: bool,  # noqa: FBT001 - pytest passes parameters by name
+    stream: bool,
 ) -> None:
     steps = Steps()
     student = ScriptedStudent(reply=lambda _: "word " * 40, pause=steps.wait)
@@ -118,13 +118,14 @@ def test_a_client_that_hangs_up_stops_its_decoding(
 def test_a_client_that_does_not_read_its_stream_keeps_nobody_waiting(tmp_path: Path) -> None:
     long = "x" * 20_000
     student = ScriptedStudent(reply=lambda _: " ".join([long] * 100), context_length=10_000)
-    with served(lambda: Device(tmp_path, student)) as (_, url):
-        with httpx.stream(
-            "POST", url + CHAT, json={**BODY, "stream": True, "max_tokens": 100}, timeout=20
-        ) as unread:
-            assert unread.status_code == 200
-            other = httpx.post(url + CHAT, json={**BODY, "max_tokens": 1}, timeout=20)
-            assert other.status_code == 200
+    body = {**BODY, "stream": True, "max_tokens": 100}
+    with (
+        served(lambda: Device(tmp_path, student)) as (_, url),
+        httpx.stream("POST", url + CHAT, json=body, timeout=20) as unread,
+    ):
+        assert unread.status_code == 200
+        other = httpx.post(url + CHAT, json={**BODY, "max_tokens": 1}, timeout=20)
+        assert other.status_code == 200
 
 
 def test_a_body_that_is_too_large_is_answered_over_a_socket_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -116,7 +117,7 @@ def test_an_alarm_is_raised_once_and_again_only_on_fresh_evidence() -> None:
     monitor = DriftMonitor(config=config)
     at = [i for i, a in enumerate(live(monitor, [1.0] * 260, rng=random.Random(6))) if a]
     assert len(at) == 3
-    for one, following in zip(at, at[1:], strict=False):
+    for one, following in pairwise(at):
         assert following - one > config.cool_down
     assert monitor.alarms[Kind.CONCEPT] == 3
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import event
 
 from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from sqlalchemy import Engine
@@ -95,6 +99,25 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     opened = open_database(tmp_path / "cloud.db")
     yield opened
     opened.dispose()
+
+
+@pytest.fixture
+def full_disk(engine: Engine) -> Callable[[], AbstractContextManager[None]]:
+    """Make the disk full for a while, on every connection: SQLite may not grow the file."""
+    most_pages = [2**31 - 2]
+
+    def bound(connection: sqlite3.Connection, *_: object) -> None:
+        connection.execute(f"PRAGMA max_page_count={most_pages[0]}")
+
+    @contextmanager
+    def full() -> Iterator[None]:
+        before = most_pages[0]
+        most_pages[0] = 1  # SQLite takes it for the pages that there are
+        yield
+        most_pages[0] = before
+
+    event.listen(engine, "checkout", bound)
+    return full
 
 
 @pytest.fixture

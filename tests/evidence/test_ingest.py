@@ -20,7 +20,7 @@ from edge.link.outbox import MAX_PAYLOAD
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from contextlib import AbstractContextManager
 
     from cloud.evidence.store import EvidenceStore
 
@@ -274,7 +274,7 @@ def test_births_and_deaths_are_kept_and_counted(
 
 def test_a_full_disk_gives_no_answer_until_there_is_room(
     device: RawDevice,
-    engine: Engine,
+    full_disk: Callable[[], AbstractContextManager[None]],
     store: EvidenceStore,
     demonstrate: Demonstrate,
     eventually: Eventually,
@@ -282,17 +282,12 @@ def test_a_full_disk_gives_no_answer_until_there_is_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cloud.evidence.ingest._DISK_PAUSE_S", 0.05)
-    # Its one pooled connection is the writer's, and SQLite keeps the bound in the connection.
-    with engine.connect() as connection:
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
     message = demonstrate(answer="x" * 60_000)
-    device.say("demonstration", message.SerializeToString())
-    eventually(lambda: counted("messages_rejected_total", reason="storage") == 1)
-    assert device.acks == []
-    assert store.demonstrations("home") == []
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA max_page_count=1000000")
+    with full_disk():
+        device.say("demonstration", message.SerializeToString())
+        eventually(lambda: counted("messages_rejected_total", reason="storage") == 1)
+        assert device.acks == []
+        assert store.demonstrations("home") == []
     device.say("demonstration", message.SerializeToString())
     eventually(lambda: device.answer(message.id))
     assert store.demonstrations("home") == [message]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -166,7 +166,7 @@ def test_a_cloud_that_is_away_gets_everything_when_it_comes_back(
 def test_a_full_disk_in_the_cloud_leaves_evidence_on_the_device(
     broker: str,
     outbox: Outbox,
-    engine: Engine,
+    full_disk: Callable[[], AbstractContextManager[None]],
     store: EvidenceStore,
     demonstrate: Demonstrate,
     eventually: Eventually,
@@ -174,15 +174,11 @@ def test_a_full_disk_in_the_cloud_leaves_evidence_on_the_device(
 ) -> None:
     with cloud(broker, store) as ingest, device(broker, outbox) as uplink:
         assert ingest.wait_connected(20)
-        with engine.connect() as connection:
-            pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-            connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
-        ids = {put(outbox, demonstrate(answer="x" * 50_000)) for _ in range(3)}
-        uplink.wake()
-        eventually(lambda: "database or disk is full" in caplog.text)
-        assert outbox.counts().waiting == 3
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA max_page_count=1000000")
+        with full_disk():
+            ids = {put(outbox, demonstrate(answer="x" * 50_000)) for _ in range(3)}
+            uplink.wake()
+            eventually(lambda: "database or disk is full" in caplog.text)
+            assert outbox.counts().waiting == 3
         eventually(lambda: outbox.counts().waiting == 0)
     assert stored(store) == ids
 
@@ -194,7 +190,9 @@ def test_a_broker_killed_in_the_middle_and_started_again_loses_nothing(
     demonstrate: Demonstrate,
     eventually: Eventually,
     free_port: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("edge.link.mqtt._RETRY_CAP_S", 1.0)
     listen = f"127.0.0.1:{free_port()}"
     program = broker_program(listen, tmp_path / "broker")
     ids = {put(outbox, demonstrate()) for _ in range(20)}  # before there is a broker at all

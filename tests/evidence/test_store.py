@@ -16,6 +16,7 @@ from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from sqlalchemy import Engine
@@ -217,19 +218,17 @@ def test_a_device_that_falls_silent_is_not_online_for_ever(
 
 
 def test_a_full_disk_is_a_clear_error_and_nothing_is_half_stored(
-    engine: Engine, store: EvidenceStore, demonstrate: Demonstrate
+    store: EvidenceStore,
+    demonstrate: Demonstrate,
+    full_disk: Callable[[], AbstractContextManager[None]],
 ) -> None:
     before = demonstrate()
     store.add([before])
-    with engine.connect() as connection:
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
     more = [demonstrate(answer="x" * 10_000) for _ in range(20)]
-    with pytest.raises(StorageError, match="full"):
-        store.add(more)
-    assert store.demonstrations("home") == [before]
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA max_page_count=1000000")
+    with full_disk():
+        with pytest.raises(StorageError, match="full"):
+            store.add(more)
+        assert store.demonstrations("home") == [before]
     assert {r.outcome for r in store.add(more)} == {Outcome.NEW}
 
 

@@ -151,9 +151,10 @@ def test_an_item_leaves_only_on_the_clouds_word(
 
 
 def test_metrics_count_what_waits_is_sent_and_acknowledged(
+    broker: str,
+    channel: str,
     cloud: ScriptedCloud,
     outbox: Outbox,
-    uplink: Uplink,
     registry: CollectorRegistry,
     eventually: Eventually,
 ) -> None:
@@ -163,20 +164,20 @@ def test_metrics_count_what_waits_is_sent_and_acknowledged(
     for n in range(6):
         put(outbox, f"d-{n}")
     put(outbox, "report", DRIFT)
-    assert gauge("waiting") == 6
-    uplink.wake()
+    link = make_uplink(broker, channel, outbox, registry)
+    assert (gauge("waiting"), gauge("in_flight")) == (6, 0)
+    link.start()
     eventually(lambda: gauge("in_flight"))
     cloud.answer = lambda _k, payload: (
         device_pb2.ACK_STATUS_REJECTED if payload == b"d-5" else STORED
     )
-    eventually(lambda: outbox.counts().waiting == 0)
-    eventually(
-        lambda: registry.get_sample_value("anabranch_demonstrations_acknowledged_total") == 5
-    )
-    assert (gauge("waiting"), gauge("rejected")) == (0, 1)
+    acknowledged = "anabranch_demonstrations_acknowledged_total"
+    eventually(lambda: registry.get_sample_value(acknowledged) == 5)
+    eventually(lambda: (gauge("waiting"), gauge("in_flight"), gauge("rejected")) == (0, 0, 1))
     sent = registry.get_sample_value("anabranch_demonstrations_sent_total")
     assert sent is not None
     assert sent >= 6
+    link.stop(0.1)
 
 
 def test_a_rejected_item_is_set_aside_and_sent_no_more(

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database, write
 from cloud.releases.keys import KeySigner, open_keys
+from cloud.releases.store import Release, ReleaseStore
 from cloud.releases.tables import ReleaseRow
 from edge import delta as deltas
 from edge.student import bundle as bundles
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from cloud.releases.store import Release, ReleaseStore
+    from cloud.releases.keys import Signer
+    from tests.releases.release_bundles import write_bundle
+else:
+    from release_bundles import write_bundle
 
 CANARY = release_pb2.Canary(
     messages=[device_pb2.ChatMessage(role="user", content="lamp on")], answer='{"name": "on"}'
@@ -40,6 +44,37 @@ class DyingSigner(KeySigner):
 
     def sign(self, manifest: bytes) -> bytes:
         raise KeyboardInterrupt(len(manifest))
+
+
+@pytest.fixture
+def make_bundle(tmp_path: Path) -> Callable[..., Path]:
+    """See :func:`write_bundle`."""
+    return lambda name, **more: write_bundle(tmp_path / "bundles" / name, **more)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    """The database in the cloud's state folder."""
+    (tmp_path / "state").mkdir()
+    return open_database(tmp_path / "state" / "cloud.db")
+
+
+@pytest.fixture
+def open_store(tmp_path: Path, engine: Engine) -> Callable[..., ReleaseStore]:
+    """Open the store of the state folder, as a new process would."""
+
+    def open_(
+        *, signer: Signer | None = None, registry: CollectorRegistry | None = None
+    ) -> ReleaseStore:
+        return ReleaseStore(
+            folder=tmp_path / "state",
+            engine=engine,
+            signer=signer or open_keys(tmp_path / "state" / "keys"),
+            clock=lambda: 1_700_000_000.5,
+            registry=registry or CollectorRegistry(),
+        )
+
+    return open_
 
 
 def publish(store: ReleaseStore, bundle: Path, channel: str = "home", **more: object) -> Release:
