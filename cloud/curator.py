@@ -1,0 +1,300 @@
+"""Turns evidence into releases: looks, decides by the policy, runs a job, publishes what passes.
+
+Everything it needs to go on after a crash is in the job folders and the database.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from cloud import jobs as job_rules
+from cloud.adapt import Spec
+from cloud.gate.gate import GateConfig
+from cloud.learners.sdft import SdftConfig
+from cloud.policy import PolicyConfig, Situation, decide
+from protos.v1 import device_pb2, release_pb2
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cloud.evidence.store import EvidenceStore
+    from cloud.jobs import Job, Jobs
+    from cloud.releases.store import ReleaseStore
+    from cloud.rollout.driver import RolloutDriver
+
+log = logging.getLogger("anabranch.curator")
+
+_CANARIES = 6
+_CONFIRMED = 48
+
+
+@dataclass(frozen=True)
+class CuratorConfig:
+    """When to adapt, how to learn, what to ask of a candidate, and what devices check.
+
+    ``probe_equal_share`` (0..1) of the canaries must come out as the gate saw them on the device,
+    each within ``probe_seconds``.
+    """
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    learner: SdftConfig = field(default_factory=SdftConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    threads: int = 2
+    probe_equal_share: float = 0.6
+    probe_seconds: float = 30.0
+
+
+class _Metrics:
+    """What the curator shows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.adaptations = Counter(
+            "anabranch_adaptations",
+            "Adaptation jobs that ended, by result",
+            ["channel", "result"],
+            registry=registry,
+        )
+        self.fraction = Gauge(
+            "anabranch_adaptation_phase_fraction",
+            "How far the running adaptation is, 0 to 1; 0 when none runs",
+            ["channel"],
+            registry=registry,
+        )
+        self.seconds = Gauge(
+            "anabranch_sdft_seconds",
+            "Seconds that the last adaptation's training took",
+            ["channel"],
+            registry=registry,
+        )
+        labels = ["channel", "check"]
+        self.value = Gauge(
+            "anabranch_gate_value", "What the gate last measured", labels, registry=registry
+        )
+        self.bound = Gauge(
+            "anabranch_gate_bound", "The bound it was held against", labels, registry=registry
+        )
+        self.unlearned = Gauge(
+            "anabranch_demonstrations_unlearned",
+            "Corrections that no release has learnt",
+            ["channel"],
+            registry=registry,
+        )
+
+
+class Curator:
+    """Adapts one channel; all methods from one thread at a time.
+
+    Args:
+        channel: the channel.
+        bundle: the imported student, the first release.
+        masters: its fp32 weights.
+        evidence: what devices said.
+        releases: where candidates become releases.
+        driver: rolls them out.
+        jobs: the adaptations.
+        config: when and how.
+        registry: where metrics go.
+    """
+
+    def __init__(
+        self,
+        *,
+        channel: str,
+        bundle: Path,
+        masters: Path,
+        evidence: EvidenceStore,
+        releases: ReleaseStore,
+        driver: RolloutDriver,
+        jobs: Jobs,
+        config: CuratorConfig,
+        registry: CollectorRegistry,
+    ) -> None:
+        self._channel = channel
+        self._bundle = bundle
+        self._masters = masters
+        self._evidence = evidence
+        self._releases = releases
+        self._driver = driver
+        self._jobs = jobs
+        self._config = config
+        self._metrics = _Metrics(registry)
+        self._reason = ""
+
+    def begin(self) -> None:
+        """At the start of the process: the first release, and what a crash interrupted."""
+        latest = self._releases.latest(self._channel)
+        if latest is None:
+            above = max((d.release for d in self._evidence.devices(self._channel)), default=0)
+            latest = self._releases.publish(
+                self._bundle,
+                channel=self._channel,
+                canaries=(),
+                bounds=self._bounds(),
+                above=above,
+            )
+            log.info("release %d: the imported student %s", latest.version, latest.student[:12])
+        if latest.version > self._driver.state(self._channel).version:
+            self._roll_out(latest.version, latest.student)
+
+    def tick(self) -> None:
+        """Look once: go on with a job, publish a result, or decide to begin."""
+        self._roll_back()
+        jobs = self._jobs.all()
+        if self._jobs.running():
+            progress = jobs[-1].progress or {}
+            fraction = float(progress.get("fraction", 0.0))
+            self._metrics.fraction.labels(self._channel).set(fraction)
+            return
+        self._metrics.fraction.labels(self._channel).set(0)
+        job = jobs[-1] if jobs else None
+        if job is not None and job.result is None:
+            log.info("job %s has no result: it runs again", job.name)
+            self._jobs.start(job)
+        elif job is not None and job.result and job.result["passed"] and job.version is None:
+            self._publish(job, job.result)
+        else:
+            self._consider(jobs)
+
+    def _roll_back(self) -> None:
+        content = self._driver.rollback(self._channel)
+        if content is None:
+            return
+        self._releases.withdraw(self._channel, self._driver.state(self._channel).version)
+        release = self._releases.republish(self._channel, content.version)
+        log.warning("rolled back to the content of release %d", content.version)
+        self._roll_out(release.version, release.student)
+
+    def _roll_out(self, version: int, student: str) -> None:
+        devices = [d.device for d in self._evidence.devices(self._channel)]
+        self._driver.begin(self._channel, version, student=student, devices=devices)
+
+    def _bounds(self) -> release_pb2.ProbeBounds:
+        return release_pb2.ProbeBounds(
+            min_equal_share=self._config.probe_equal_share, max_seconds=self._config.probe_seconds
+        )
+
+    def _consider(self, jobs: list[Job]) -> None:
+        used, _ = job_rules.used(jobs, self._alive())
+        fresh = self._fresh(used)
+        self._metrics.unlearned.labels(self._channel).set(len(fresh))
+        decision = decide(self._situation(jobs, len(fresh)), self._config.policy)
+        if decision.reason != self._reason:
+            log.info("policy: %s", decision.reason)
+            self._reason = decision.reason
+        if decision.adapt:
+            self._adapt(jobs, fresh)
+
+    def _alive(self) -> set[int]:
+        """Versions that were not withdrawn."""
+        latest = self._releases.latest(self._channel)
+        versions = range(1, latest.version + 1) if latest else range(0)
+        found = (self._releases.find(self._channel, v) for v in versions)
+        return {r.version for r in found if r is not None and not r.withdrawn}
+
+    def _fresh(self, used: job_rules.Evidence) -> list[device_pb2.Demonstration]:
+        taken = {*used.learn, *used.held_out}
+        rows = self._evidence.demonstrations(self._channel, exclude=taken)
+        return job_rules.corrections(job_rules.newest_each(rows))
+
+    def _situation(self, jobs: list[Job], fresh: int) -> Situation:
+        devices = {d.device: d.student for d in self._evidence.devices(self._channel)}
+        reports = self._evidence.drift_reports(self._channel)
+        drifted = {r.device for r in reports if devices.get(r.device) == r.student}
+        rollout = self._driver.state(self._channel)
+        unfinished = {"running", "paused"}
+        busy = f"rollout of release {rollout.version}" if rollout.phase in unfinished else ""
+        last = jobs[-1] if jobs else None
+        failed = 0
+        if last is not None and last.result is not None and not last.result["passed"]:
+            failed = len(last.evidence.learn) + len(last.evidence.held_out)
+        return Situation(len(devices), len(drifted), fresh, busy, failed)
+
+    def _adapt(self, jobs: list[Job], fresh: list[device_pb2.Demonstration]) -> None:
+        used, last = job_rules.used(jobs, self._alive())
+        latest = self._releases.latest(self._channel)
+        assert latest is not None  # noqa: S101  # begin() published one
+        learn, held = job_rules.split(fresh)
+        by_ids = lambda ids: self._evidence.demonstrations(self._channel, only=ids)  # noqa: E731
+        confirmed = [
+            d
+            for d in self._evidence.demonstrations(self._channel, limit=1000)
+            if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
+        ]
+        replay = job_rules.sample(by_ids(used.learn)) + job_rules.sample(confirmed, _CONFIRMED)
+        spec = Spec(
+            masters=self._masters.absolute(),
+            learnt=last.learnt.absolute() if last else None,
+            base=self._bundle.absolute(),
+            current=self._releases.bundle_folder(self._channel, latest.version).absolute(),
+            train=tuple(map(job_rules.shown, learn)),
+            held_out=tuple(map(job_rules.shown, held)),
+            replay=tuple(map(job_rules.shown, replay)),
+            earlier=tuple(map(job_rules.shown, job_rules.sample(by_ids(used.held_out), 40))),
+            threads=self._config.threads,
+            learner=self._config.learner,
+            gate=self._config.gate,
+        )
+        evidence = job_rules.Evidence(tuple(d.id for d in learn), tuple(d.id for d in held))
+        job = self._jobs.create(spec, evidence)
+        log.info(
+            "job %s: %d demonstrations to learn, %d held out, %d replayed, %d earlier",
+            job.name,
+            len(learn),
+            len(held),
+            len(replay),
+            len(spec.earlier),
+        )
+        self._jobs.start(job)
+
+    def _publish(self, job: Job, result: dict[str, Any]) -> None:
+        """Make a release of a job that passed; safe to repeat after a crash in the middle."""
+        self._show(result)
+        latest = self._releases.latest(self._channel)
+        if latest is None or latest.student != result["student"]:
+            spec = Spec.from_json((job.folder / "spec.json").read_text())
+            asked = (*spec.held_out, *spec.earlier)
+            right = [
+                c
+                for c, d in zip(result["canaries"], asked, strict=True)
+                if c["answer"] == d.answer
+            ]
+            evidence = job.evidence
+            covered = [
+                i
+                for i, c, d in zip(evidence.held_out, result["canaries"], spec.held_out, strict=False)
+                if c["answer"] == d.answer
+            ]
+            earlier = latest.manifest.learned_from if latest else ()
+            latest = self._releases.publish(
+                job.candidate,
+                channel=self._channel,
+                canaries=[_canary(c) for c in right[:_CANARIES]],
+                bounds=self._bounds(),
+                learned_from=dict.fromkeys([*earlier, *evidence.learn, *covered]),
+                gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
+            )
+        self._roll_out(latest.version, latest.student)
+        job.published(latest.version)
+        self._metrics.adaptations.labels(self._channel, "released").inc()
+        log.info(
+            "release %d: student %s, delta %.1f MB of %.1f MB",
+            latest.version,
+            latest.student[:12],
+            latest.delta_bytes / 1e6,
+            latest.full_bytes / 1e6,
+        )
+
+    def _show(self, result: dict[str, Any]) -> None:
+        self._metrics.seconds.labels(self._channel).set(result["sdft_seconds"])
+        for check in result["checks"]:
+            self._metrics.value.labels(self._channel, check["name"]).set(check["value"])
+            self._metrics.bound.labels(self._channel, check["name"]).set(check["bound"])
+
+
+def _canary(raw: dict[str, Any]) -> release_pb2.Canary:
+    messages = [device_pb2.ChatMessage(**m) for m in raw["messages"]]
+    return release_pb2.Canary(messages=messages, answer=raw["answer"])

@@ -1,0 +1,207 @@
+"""Adaptation jobs on disk: what each works on, its process, its result.
+
+``STATE/jobs/0001/`` holds ``spec.json`` and ``evidence.json`` (ids that are learnt and held out),
+written before the process starts; ``progress.json`` and ``result.json`` by the process
+(:mod:`cloud.adapt`); and ``published.json`` with the release's version at the end. Whatever dies, the
+files say where to go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from cloud.adapt import Spec, write_atomically
+from protos.prompt import Message, Shown
+from protos.v1 import device_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+HELD_OUT_SHARE = 0.15
+_HELD_OUT = (8, 40)
+_REPLAY = 160
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Ids of the demonstrations a job learns and of those it holds out."""
+
+    learn: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+class Job:
+    """One job's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        """Number of the job, as its folder is named."""
+        return self.folder.name
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            value: dict[str, Any] = json.loads((self.folder / name).read_text())
+        except FileNotFoundError:
+            return None
+        return value
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """``result.json``, or None while the job is not done."""
+        return self._read("result.json")
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """``progress.json``, or None before the process began."""
+        return self._read("progress.json")
+
+    @property
+    def version(self) -> int | None:
+        """The release made of it, or None."""
+        note = self._read("published.json")
+        return None if note is None else int(note["version"])
+
+    @property
+    def evidence(self) -> Evidence:
+        """What it learns and what it holds out."""
+        note = self._read("evidence.json") or {"learn": [], "held_out": []}
+        return Evidence(tuple(note["learn"]), tuple(note["held_out"]))
+
+    @property
+    def candidate(self) -> Path:
+        """The bundle it made."""
+        return self.folder / "candidate"
+
+    @property
+    def learnt(self) -> Path:
+        """fp32 parameters that differ from the imported model."""
+        return self.folder / "learnt.safetensors"
+
+    def published(self, version: int) -> None:
+        """Note that a release was made of it."""
+        write_atomically(self.folder / "published.json", json.dumps({"version": version}))
+
+    def failed(self, why: str) -> None:
+        """Note that it came to no result."""
+        write_atomically(
+            self.folder / "result.json", json.dumps({"passed": False, "error": why})
+        )
+
+
+class Jobs:
+    """All jobs of a cloud, and the one that runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def all(self) -> list[Job]:
+        """Jobs from the first to the latest."""
+        folders = self._folder.glob("[0-9]*")
+        return [Job(f) for f in sorted(folders) if (f / "spec.json").exists()]
+
+    def create(self, spec: Spec, evidence: Evidence) -> Job:
+        """Write down a new job; it starts with :meth:`start`."""
+        jobs = self.all()
+        number = int(jobs[-1].name) + 1 if jobs else 1
+        folder = self._folder / f"{number:04d}"
+        shutil.rmtree(folder, ignore_errors=True)  # left half-written by a crash: it has no spec
+        folder.mkdir(parents=True)
+        ids = {"learn": evidence.learn, "held_out": evidence.held_out}
+        write_atomically(folder / "evidence.json", json.dumps(ids))
+        write_atomically(folder / "spec.json", spec.to_json())
+        return Job(folder)
+
+    def start(self, job: Job) -> None:
+        """Run a job in a process that ends with this one."""
+        self._log = (job.folder / "log.txt").open("ab")
+        self._process = subprocess.Popen(  # noqa: S603  # our own module and folder
+            [sys.executable, "-m", "cloud.adapt", str(job.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            env=os.environ | {"ANABRANCH_PARENT": str(os.getpid())},
+        )
+
+    def running(self) -> bool:
+        """Whether a job's process runs."""
+        if self._process is None or self._process.poll() is None:
+            return self._process is not None
+        self._close()
+        return False
+
+    def stop(self) -> None:
+        """End the running process; its job is run again at the next start."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._close()
+
+    def _close(self) -> None:
+        self._process = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def order(identity: str) -> bytes:
+    """A fixed shuffle of ids: neither time nor device decides what is held out."""
+    return hashlib.sha256(identity.encode()).digest()
+
+
+def shown(demonstration: device_pb2.Demonstration) -> Shown:
+    """A demonstration as prompts show it."""
+    messages = tuple(Message(m.role, m.content) for m in demonstration.messages)
+    return Shown(messages, demonstration.correction)
+
+
+def newest_each(
+    demonstrations: Sequence[device_pb2.Demonstration],
+) -> list[device_pb2.Demonstration]:
+    """One demonstration for each request, the newest: people may change their minds."""
+    latest = {tuple((m.role, m.content) for m in d.messages): d for d in demonstrations}
+    return list(latest.values())
+
+
+def corrections(
+    demonstrations: Sequence[device_pb2.Demonstration],
+) -> list[device_pb2.Demonstration]:
+    """Those in which a person gave the right answer."""
+    return [d for d in demonstrations if d.source == device_pb2.SOURCE_CORRECTION]
+
+
+def split(
+    demonstrations: Sequence[device_pb2.Demonstration],
+) -> tuple[list[device_pb2.Demonstration], list[device_pb2.Demonstration]]:
+    """Divide new evidence into what is learnt and what is held out for the gate."""
+    ordered = sorted(demonstrations, key=lambda d: order(d.id))
+    least, most = _HELD_OUT
+    held = min(most, max(least, round(len(ordered) * HELD_OUT_SHARE)))
+    return ordered[held:], ordered[:held]
+
+
+def sample(
+    demonstrations: Sequence[device_pb2.Demonstration], count: int = _REPLAY
+) -> list[device_pb2.Demonstration]:
+    """At most ``count``, by the fixed shuffle."""
+    return sorted(demonstrations, key=lambda d: order(d.id))[:count]
+
+
+def used(jobs: Sequence[Job], alive: Collection[int]) -> tuple[Evidence, Job | None]:
+    """Evidence of the jobs whose releases still count, and the latest of them."""
+    counted = [j for j in jobs if j.version in alive]
+    learn = tuple(i for j in counted for i in j.evidence.learn)
+    held = tuple(i for j in counted for i in j.evidence.held_out)
+    return Evidence(learn, held), counted[-1] if counted else None

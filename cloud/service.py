@@ -1,0 +1,162 @@
+"""The cloud's process: wires ingest, policy, jobs, releases, rollouts and the fleet service.
+
+State folder::
+
+    STATE/cloud.json       pid and addresses, while it runs
+    STATE/cloud.sqlite     evidence, releases, rollouts
+    STATE/keys/            the signing key, and trusted.pem for devices
+    STATE/blobs/ bundles/  released files by content
+    STATE/jobs/            adaptations
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from cloud import db
+from cloud.adapt import write_atomically
+from cloud.curator import Curator, CuratorConfig
+from cloud.evidence.ingest import Ingest
+from cloud.evidence.metrics import IngestMetrics
+from cloud.evidence.store import EvidenceStore
+from cloud.fleet.service import FleetService, serve
+from cloud.jobs import Jobs
+from cloud.releases.keys import open_keys
+from cloud.releases.store import ReleaseStore
+from cloud.rollout.driver import RolloutDriver
+from cloud.rollout.state import Plan
+from cloud.students.importer import open_imported
+from edge.link.address import parse_address
+from edge.process import locked, log_to_stderr, metrics_server
+from protos.errors import AnabranchError
+from protos.topics import check_name
+
+log = logging.getLogger("anabranch.cloud")
+
+_TICK_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudConfig:
+    """What ``anabranch cloud`` is told. Addresses are ``host:port``.
+
+    Attributes:
+        state: folder of everything that lasts.
+        channel: the channel it adapts and releases to.
+        student: folder made by ``anabranch student import``.
+        broker: the MQTT broker.
+        grpc: where devices fetch releases; port 0 takes a free one.
+        metrics: where Prometheus finds ``/metrics``; port 0 takes a free one.
+        curator: when and how to adapt.
+        plan: how careful rollouts are.
+    """
+
+    state: Path
+    channel: str
+    student: Path
+    broker: str
+    grpc: str = "127.0.0.1:50051"
+    metrics: str = "127.0.0.1:9108"
+    curator: CuratorConfig = field(default_factory=CuratorConfig)
+    plan: Plan = field(default_factory=Plan)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is touched."""
+        check_name(self.channel, "channel")
+        parse_address(self.broker)
+
+
+def run(config: CloudConfig) -> None:
+    """Run the cloud until SIGINT or SIGTERM. Call it from the main thread.
+
+    Raises:
+        InvalidInputError: an option is wrong, or another cloud runs on this state.
+        StorageError: the disk is full or failed.
+        UnavailableError: an address is taken.
+    """
+    log_to_stderr()
+    imported = open_imported(config.student)
+    with locked(config.state):
+        asyncio.run(_serve(config, imported.bundle, imported.masters))
+
+
+async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
+    registry = CollectorRegistry()
+    async with contextlib.AsyncExitStack() as stack:
+        engine = db.open_database(config.state / "cloud.sqlite")
+        stack.callback(engine.dispose)
+        evidence = EvidenceStore(engine, clock=time.time)
+        releases = ReleaseStore(
+            folder=config.state,
+            engine=engine,
+            signer=open_keys(config.state / "keys"),
+            clock=time.time,
+            registry=registry,
+        )
+        driver = RolloutDriver(engine=engine, clock=time.time, registry=registry, plan=config.plan)
+        jobs = Jobs(config.state / "jobs")
+        stack.push_async_callback(asyncio.to_thread, jobs.stop)
+        curator = Curator(
+            channel=config.channel,
+            bundle=bundle,
+            masters=masters,
+            evidence=evidence,
+            releases=releases,
+            driver=driver,
+            jobs=jobs,
+            config=config.curator,
+            registry=registry,
+        )
+        ingest = Ingest(
+            address=parse_address(config.broker),
+            store=evidence,
+            metrics=IngestMetrics(registry, channels=[config.channel]),
+            random=random.SystemRandom(),
+        )
+        await asyncio.to_thread(curator.begin)
+        ingest.start()
+        stack.push_async_callback(asyncio.to_thread, ingest.stop)
+        service = FleetService(store=releases, driver=driver, registry=registry)
+        server, port = await serve(service, listen=config.grpc)
+        host = config.grpc.rpartition(":")[0]
+        metrics = stack.enter_context(metrics_server(config.metrics, registry))
+        note = {
+            "version": 1,
+            "pid": os.getpid(),
+            "channel": config.channel,
+            "grpc": f"{host}:{port}",
+            "metrics": f"http://{metrics}/metrics",
+        }
+        write_atomically(config.state / "cloud.json", json.dumps(note, indent=1))
+        stack.callback((config.state / "cloud.json").unlink, missing_ok=True)
+        log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
+        await _tick_until_stopped(curator, driver)
+        log.info("stopping")
+        await server.stop(1)
+        await service.drain()
+
+
+async def _tick_until_stopped(curator: Curator, driver: RolloutDriver) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    while not stopped.is_set():
+        try:
+            await asyncio.to_thread(driver.tick)
+            await asyncio.to_thread(curator.tick)
+        except AnabranchError as error:  # a full disk must not end the service: it retries
+            log.error("%s", error)  # noqa: TRY400  # the message is for people
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), _TICK_S)
