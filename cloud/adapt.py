@@ -1,22 +1,23 @@
 """One adaptation as a process of its own: evidence in, a judged candidate out.
 
-``python -m cloud.adapt JOB`` reads ``JOB/spec.json`` and writes ``JOB/progress.json`` as it goes and
-``JOB/result.json`` at the end. A process of its own keeps the service answering while two cores learn,
-gives its memory back, and may be killed at any time: run again, it starts over from the same input and,
-with the same seed, comes to the same result.
+``python -m cloud.adapt JOB`` reads ``JOB/spec.json`` and writes ``JOB/progress.json`` as it goes
+and ``JOB/result.json`` at the end. A process of its own keeps the service answering while two
+cores learn, gives its memory back, and may be killed at any time: run again, it starts over from
+the same input and, with the same seed, comes to the same result.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,9 +34,15 @@ from edge.student.runtime import Student
 from protos.errors import AnabranchError, TrainingError
 from protos.prompt import Message, Shown, chat, render
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
 log = logging.getLogger("anabranch.adapt")
 
 _ANCHOR_TOKENS = 48
+# Shown twice, a demonstration is copied by the teacher always, shown once in nine cases of ten.
+_TEACHER_SHOWN = 2
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Progress:
         self._began = clock()
 
     def __call__(self, phase: str, fraction: float, **more: float) -> None:
+        """Write how far the job is."""
         spent = self._clock() - self._began
         left = spent * (1 - fraction) / fraction if fraction > 0 else None
         note = {"phase": phase, "fraction": round(fraction, 4), "seconds": round(spent, 1)}
@@ -118,7 +126,9 @@ class Encoder:
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def example(self, messages: Sequence[Message], answer: str, shown: Sequence[Shown] = ()) -> Example:
+    def example(
+        self, messages: Sequence[Message], answer: str, shown: Sequence[Shown] = ()
+    ) -> Example:
         """A chat with its answer; the end-of-answer token belongs to the answer."""
         whole = self._ids(render(chat(self._system, messages, shown)))
         prefix = self._ids(render([Message("system", self._system)], answer=False))
@@ -130,7 +140,7 @@ class Encoder:
         """A demonstration as student and teacher see it."""
         return Lesson(
             self.example(shown.messages, shown.answer),
-            self.example(shown.messages, shown.answer, [shown]),
+            self.example(shown.messages, shown.answer, [shown] * _TEACHER_SHOWN),
         )
 
 
@@ -201,7 +211,9 @@ def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
 
 
 def _split(spec: Spec, device: torch.device) -> SplitModel:
-    model = LlamaForCausalLM.from_pretrained(spec.masters, dtype=torch.float32, local_files_only=True)
+    model = LlamaForCausalLM.from_pretrained(
+        spec.masters, dtype=torch.float32, local_files_only=True
+    )
     layers = model.config.num_hidden_layers
     return SplitModel(model, split=round(layers * spec.split_share), device=device)
 
@@ -209,7 +221,9 @@ def _split(spec: Spec, device: torch.device) -> SplitModel:
 def _encoder(bundle: Path, system: str | None = None) -> Encoder:
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     harness = read_harness(bundle)
-    return Encoder(tokenizer, harness.system if system is None else system, read_config(bundle)["eos"][0])
+    return Encoder(
+        tokenizer, harness.system if system is None else system, read_config(bundle)["eos"][0]
+    )
 
 
 def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Example, Target]]:
@@ -234,8 +248,19 @@ def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
 
 
+def end_with_parent() -> None:
+    """Ask the kernel to end this process with the cloud's: two of them must not share a folder."""
+    parent = os.environ.get("ANABRANCH_PARENT")
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended before the kernel was asked
+        sys.exit(1)
+
+
 def main() -> int:
     """Entry point of the process; the exit code is 0 when a result was written."""
+    end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     job = Path(sys.argv[1])
     try:

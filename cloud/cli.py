@@ -63,7 +63,8 @@ def student_import(
     """Quantize a model once, export the file that devices run, and check it against torch."""
     from rich.progress import Progress  # noqa: PLC0415  # slow to import
 
-    from cloud.students import importer, source as sources  # noqa: PLC0415  # needs torch
+    from cloud.students import importer  # noqa: PLC0415  # needs torch
+    from cloud.students import source as sources  # noqa: PLC0415  # as above
     from protos.harness import Harness  # noqa: PLC0415  # as above
 
     given = Harness.from_json(harness.read_bytes()) if harness else Harness()
@@ -71,7 +72,10 @@ def student_import(
         task = bar.add_task("import", total=1.0)
         path = source or sources.packaged_gguf()
         done = importer.bring_in(
-            path, given, out, lambda phase, part: bar.update(task, description=phase, completed=part)
+            path,
+            given,
+            out,
+            lambda phase, part: bar.update(task, description=phase, completed=part),
         )
         bar.update(task, description="imported", completed=1.0)
     check = done.check

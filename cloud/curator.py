@@ -218,13 +218,14 @@ class Curator:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
         learn, held = job_rules.split(fresh)
-        by_ids = lambda ids: self._evidence.demonstrations(self._channel, only=ids)  # noqa: E731
         confirmed = [
             d
             for d in self._evidence.demonstrations(self._channel, limit=1000)
             if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
         ]
-        replay = job_rules.sample(by_ids(used.learn)) + job_rules.sample(confirmed, _CONFIRMED)
+        replay = job_rules.sample(self._by_ids(used.learn)) + job_rules.sample(
+            confirmed, _CONFIRMED
+        )
         spec = Spec(
             masters=self._masters.absolute(),
             learnt=last.learnt.absolute() if last else None,
@@ -233,7 +234,7 @@ class Curator:
             train=tuple(map(job_rules.shown, learn)),
             held_out=tuple(map(job_rules.shown, held)),
             replay=tuple(map(job_rules.shown, replay)),
-            earlier=tuple(map(job_rules.shown, job_rules.sample(by_ids(used.held_out), 40))),
+            earlier=tuple(map(job_rules.shown, job_rules.sample(self._by_ids(used.held_out), 40))),
             threads=self._config.threads,
             learner=self._config.learner,
             gate=self._config.gate,
@@ -250,6 +251,9 @@ class Curator:
         )
         self._jobs.start(job)
 
+    def _by_ids(self, ids: tuple[str, ...]) -> list[device_pb2.Demonstration]:
+        return self._evidence.demonstrations(self._channel, only=ids)
+
     def _publish(self, job: Job, result: dict[str, Any]) -> None:
         """Make a release of a job that passed; safe to repeat after a crash in the middle."""
         self._show(result)
@@ -258,14 +262,14 @@ class Curator:
             spec = Spec.from_json((job.folder / "spec.json").read_text())
             asked = (*spec.held_out, *spec.earlier)
             right = [
-                c
-                for c, d in zip(result["canaries"], asked, strict=True)
-                if c["answer"] == d.answer
+                c for c, d in zip(result["canaries"], asked, strict=True) if c["answer"] == d.answer
             ]
             evidence = job.evidence
             covered = [
                 i
-                for i, c, d in zip(evidence.held_out, result["canaries"], spec.held_out, strict=False)
+                for i, c, d in zip(
+                    evidence.held_out, result["canaries"], spec.held_out, strict=False
+                )
                 if c["answer"] == d.answer
             ]
             earlier = latest.manifest.learned_from if latest else ()

@@ -2,8 +2,8 @@
 
 ``STATE/jobs/0001/`` holds ``spec.json`` and ``evidence.json`` (ids that are learnt and held out),
 written before the process starts; ``progress.json`` and ``result.json`` by the process
-(:mod:`cloud.adapt`); and ``published.json`` with the release's version at the end. Whatever dies, the
-files say where to go on.
+(:mod:`cloud.adapt`); and ``published.json`` with the release's version at the end. Whatever dies,
+the files say where to go on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cloud.adapt import Spec, write_atomically
@@ -24,6 +23,7 @@ from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from pathlib import Path
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
@@ -94,9 +94,7 @@ class Job:
 
     def failed(self, why: str) -> None:
         """Note that it came to no result."""
-        write_atomically(
-            self.folder / "result.json", json.dumps({"passed": False, "error": why})
-        )
+        write_atomically(self.folder / "result.json", json.dumps({"passed": False, "error": why}))
 
 
 class Jobs:

@@ -1,7 +1,7 @@
 """When is it worth adapting, and at which layer: a pure decision.
 
-Context comes first and costs nothing (devices use corrections at once); weights follow when a channel
-has drifted and there is enough evidence to learn from and to hold out for the gate.
+Context comes first and costs nothing (devices use corrections at once); weights follow when a
+channel has drifted and there is enough evidence to learn from and to hold out for the gate.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -41,6 +41,9 @@ from edge.link.address import parse_address
 from edge.process import locked, log_to_stderr, metrics_server
 from protos.errors import AnabranchError
 from protos.topics import check_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 log = logging.getLogger("anabranch.cloud")
 

@@ -8,10 +8,13 @@ here and nowhere else. At 135M parameters chat turns are what makes a teacher: t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from protos.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 ROLES = ("system", "user", "assistant")
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -42,9 +45,7 @@ class Shown:
     answer: str
 
 
-def chat(
-    system: str, messages: Sequence[Message], shown: Iterable[Shown] = ()
-) -> list[Message]:
+def chat(system: str, messages: Sequence[Message], shown: Iterable[Shown] = ()) -> list[Message]:
     """Put demonstrations before a request, as earlier turns of the same chat.
 
     A system message in ``messages`` replaces ``system`` (the harness's).
@@ -57,7 +58,9 @@ def chat(
     if not own or own[-1].role != "user":
         msg = "the last message must be the user's: nothing to answer otherwise"
         raise InvalidInputError(msg)
-    heads = [m for m in messages if m.role == "system"] or ([Message("system", system)] if system else [])
+    heads = [m for m in messages if m.role == "system"] or (
+        [Message("system", system)] if system else []
+    )
     turns = [
         m
         for s in shown
@@ -67,7 +70,7 @@ def chat(
 
 
 def render(messages: Iterable[Message], *, answer: bool = True) -> str:
-    """ChatML text of a chat; with ``answer`` it ends where the assistant's answer begins.
+    r"""ChatML text of a chat; with ``answer`` it ends where the assistant's answer begins.
 
     >>> render([Message("user", "hi")])
     '<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n'

@@ -10,6 +10,7 @@ from protos.errors import InvalidInputError
 ROOT = "anabranch/v1"
 UP = ("birth", "death", "demonstration", "drift")
 DOWN = ("ack",)
+_PARTS = 5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -55,7 +56,7 @@ def parse(text: str) -> Topic:
     Topic(channel='home', device='kitchen-1', kind='drift')
     """
     parts = text.split("/")
-    if len(parts) != 5 or "/".join(parts[:2]) != ROOT or parts[4] not in UP + DOWN:
+    if len(parts) != _PARTS or "/".join(parts[:2]) != ROOT or parts[4] not in UP + DOWN:
         msg = f"{text!r} is not a topic of the form {ROOT}/<channel>/<device>/<kind>"
         raise InvalidInputError(msg)
     return Topic(check_name(parts[2], "channel"), check_name(parts[3], "device"), parts[4])

@@ -1,9 +1,9 @@
 """A causal LM cut in two: frozen lower layers whose outputs are kept, upper layers that learn.
 
-Three things make a step cheap on a CPU. What the frozen layers make of a sequence is computed once.
-Sequences are packed behind one another in a single row, without padding, and those with the same
-system prompt share it under a block mask. The head, a fifth of the work with 49,152 words, is applied
-only where logits are wanted.
+Three things make a step cheap on a CPU. What the frozen layers make of a sequence is computed
+once. Sequences are packed behind one another in a single row, without padding, and those with the
+same system prompt share it under a block mask. The head, a fifth of the work with 49,152 words, is
+applied only where logits are wanted.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _run(
 
 
 class SplitModel:
-    """Lower layers, head and rotary tables of a Llama, and its upper layers as a module of their own.
+    """Lower layers, head and rotary tables of a Llama, and its upper layers as a module.
 
     Args:
         model: in fp32; it is taken over, and its upper layers are trained in place.
@@ -90,7 +90,7 @@ class SplitModel:
 
     def __init__(self, model: LlamaForCausalLM, *, split: int, device: torch.device) -> None:
         model.requires_grad_(requires_grad=False)
-        model.to(device)
+        nn.Module.to(model, device)
         inner = model.model
         self.device = device
         self.split = split
@@ -108,7 +108,7 @@ class SplitModel:
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """Learnt parameters by their name in the whole model."""
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for name, value in self.upper.named_parameters():
             if name.startswith("layers."):
                 _, index, rest = name.split(".", 2)

@@ -1,7 +1,7 @@
 """General prompts whose answers the base model writes itself.
 
-The anchor keeps the student on the base's answers to the first list; the gate measures forgetting on
-the second, which no training ever sees.
+The anchor keeps the student on the base's answers to the first list; the gate measures forgetting
+on the second, which no training ever sees.
 """
 
 from __future__ import annotations

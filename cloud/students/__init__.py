@@ -1,1 +1,1 @@
-"""Students: bring a model in, quantize it once, write codes back, export the file that devices run."""
+"""Students: bring a model in, quantize it once, write codes back, export the devices' file."""

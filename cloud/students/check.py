@@ -1,8 +1,8 @@
 """Does the exported file say what the torch model says?
 
-Torch answers fifty prompts greedily; the file is led along the same tokens (teacher forcing), and at
-every token its own choice and its distribution are compared. Letting each decode freely would compare
-little but the place of their first difference.
+Torch answers fifty prompts greedily; the file is led along the same tokens (teacher forcing), and
+at every token its own choice and its distribution are compared. Letting each decode freely would
+compare little but the place of their first difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH = 10
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over ``tokens`` greedy tokens of ``prompts`` answers: share of equal tokens, mean KL in nats."""
+    """Over ``tokens`` greedy tokens of ``prompts`` answers: equal share, mean KL in nats."""
 
     prompts: int
     tokens: int
@@ -50,7 +50,8 @@ def compare(source: Source, bundle: Path, progress: Callable[[float], None]) -> 
     equal, kls = 0, []
     for start in range(0, len(PROMPTS), _BATCH):
         prompts = [
-            student.encode(chat(SYSTEM, [Message("user", p)])) for p in PROMPTS[start : start + _BATCH]
+            student.encode(chat(SYSTEM, [Message("user", p)]))
+            for p in PROMPTS[start : start + _BATCH]
         ]
         for prompt, answer in zip(prompts, _greedy(source, prompts), strict=True):
             ids = prompt + answer

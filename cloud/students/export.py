@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from edge.student.bundle import read_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -42,8 +42,12 @@ def export(source: Source, harness: Harness, out: Path, *, context: int = DEFAUL
     work = out.with_name(out.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    _write_weights(work / "weights.bin", tensors, _quantized(tensors, state), _fixed(source, context))
-    (work / "graph.onnx").write_bytes(graph.build(config, tensors).SerializeToString(deterministic=True))
+    _write_weights(
+        work / "weights.bin", tensors, _quantized(tensors, state), _fixed(source, context)
+    )
+    (work / "graph.onnx").write_bytes(
+        graph.build(config, tensors).SerializeToString(deterministic=True)
+    )
     source.tokenizer.save(str(work / "tokenizer.json"), pretty=False)
     meta = _meta(source, tensors, context)
     (work / "student.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
@@ -102,7 +106,9 @@ def _fixed(source: Source, context: int) -> dict[str, np.ndarray[Any, Any]]:
     return {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
 
 
-def _write_weights(path: Path, tensors: Sequence[Tensor], *groups: dict[str, np.ndarray[Any, Any]]) -> None:
+def _write_weights(
+    path: Path, tensors: Sequence[Tensor], *groups: dict[str, np.ndarray[Any, Any]]
+) -> None:
     arrays = {name: array for group in groups for name, array in group.items()}
     with path.open("wb") as file:
         for tensor in tensors:
@@ -126,7 +132,8 @@ def read_tensor(bundle: Path, tensor: Tensor) -> np.ndarray[Any, Any]:
 def write_back(base: Path, state: Mapping[str, torch.Tensor], harness: Harness, out: Path) -> int:
     """Write a bundle with new weights on the base's frozen scales.
 
-    Only tensors whose every source is in ``state`` are rewritten: what was not trained keeps its bytes.
+    Only tensors whose every source is in ``state`` are rewritten: what was not trained keeps its
+    bytes.
 
     Args:
         base: the bundle that holds the scales, graph and tokenizer.

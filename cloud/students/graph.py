@@ -3,11 +3,11 @@
 One ``GroupQueryAttention`` and five ``MatMulNBits`` a layer (ONNX Runtime's contrib operators), the
 embedding gathered from the head's own codes where the two are tied. All weights are external.
 
-Inputs: ``input_ids`` int64 [batch, length]; ``seqlens_k`` int32 [batch], the index of each row's last
-valid position; ``total_length`` int32 scalar, length of the longest row with its past; ``rows`` int64
-[n], the flattened positions whose logits are wanted; ``past.<i>.key`` and ``.value`` float
-[batch, kv_heads, capacity, head_size]. Outputs: ``logits`` float [n, vocabulary] and ``present.*``,
-which may share the buffers of ``past.*``.
+Inputs: ``input_ids`` int64 [batch, length]; ``seqlens_k`` int32 [batch], the index of each row's
+last valid position; ``total_length`` int32 scalar, length of the longest row with its past;
+``rows`` int64 [n], the flattened positions whose logits are wanted; ``past.<i>.key`` and
+``.value`` float [batch, kv_heads, capacity, head_size]. Outputs: ``logits`` float [n, vocabulary]
+and ``present.*``, which may share the buffers of ``past.*``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class _Builder:
             name=alias or name, data_type=_TYPES[tensor.dtype], data_location=TensorProto.EXTERNAL
         )
         proto.dims.extend(tensor.shape if shape is None else shape)
-        for key, value in (("location", WEIGHTS), ("offset", tensor.offset), ("length", tensor.size)):
+        for key, value in (
+            ("location", WEIGHTS),
+            ("offset", tensor.offset),
+            ("length", tensor.size),
+        ):
             proto.external_data.append(StringStringEntryProto(key=key, value=str(value)))
         self.initializers.append(proto)
         return proto.name
@@ -53,7 +57,9 @@ class _Builder:
     def node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], **attrs: Any) -> str:  # noqa: ANN401
         domain = attrs.pop("domain", _CONTRIB)
         self.nodes.append(
-            helper.make_node(op, inputs, outputs, name=outputs[0] or outputs[-1], domain=domain, **attrs)
+            helper.make_node(
+                op, inputs, outputs, name=outputs[0] or outputs[-1], domain=domain, **attrs
+            )
         )
         return outputs[0]
 
@@ -93,7 +99,9 @@ class _Builder:
         if x is None:
             domain = ""  # registered by ONNX Runtime under the default domain
             op = "SimplifiedLayerNormalization"
-            self.node(op, [residual, weight], [out], domain=domain, axis=-1, epsilon=eps, stash_type=1)
+            self.node(
+                op, [residual, weight], [out], domain=domain, axis=-1, epsilon=eps, stash_type=1
+            )
             return out, residual
         total = f"{norm}.sum"
         self.node(
@@ -143,7 +151,9 @@ def build(config: LlamaConfig, tensors: Sequence[Tensor]) -> ModelProto:
     x = b.node("Reshape", [x, flat], ["positions"], domain="")
     x = b.node("Gather", [x, "rows"], ["wanted"], domain="", axis=0)
     logits = b.matmul(x, HEAD)
-    graph = helper.make_graph(b.nodes, "student", _inputs(config), _outputs(config, logits), b.initializers)
+    graph = helper.make_graph(
+        b.nodes, "student", _inputs(config), _outputs(config, logits), b.initializers
+    )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(_CONTRIB, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="anabranch")
 
@@ -176,4 +186,7 @@ def _inputs(config: LlamaConfig) -> list[ValueInfoProto]:
 
 def _outputs(config: LlamaConfig, logits: str) -> list[ValueInfoProto]:
     shape = ["wanted", config.vocab_size]
-    return [helper.make_tensor_value_info(logits, TensorProto.FLOAT, shape), *_cache(config, "present")]
+    return [
+        helper.make_tensor_value_info(logits, TensorProto.FLOAT, shape),
+        *_cache(config, "present"),
+    ]

@@ -1,4 +1,4 @@
-"""``anabranch student import``: bring a model in once, check its export, keep the result by content.
+"""``anabranch student import``: bring a model in once, check its export, keep it by content.
 
 The folder holds ``bundle/`` (what devices run), ``masters/`` (fp32, what learners go on from) and
 ``import.json`` (what it was made of, and the check).
@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cloud.students import check, export, source
 from edge.student.bundle import digest, sha256_file
 from protos.errors import IntegrityError, InvalidInputError
-from protos.harness import Harness
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from protos.harness import Harness
 
 VERSION = 1
 

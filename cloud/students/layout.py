@@ -1,6 +1,7 @@
 """The tensors of a student and their places in ``weights.bin``.
 
-Graph, export and trainer all read this one list, so a tensor's name, shape and source are stated once.
+Graph, export and trainer all read this one list, so a tensor's name, shape and source are stated
+once.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ EMBEDDING = "embedding"
 class Tensor:
     """One tensor of ``weights.bin``; ``offset`` and ``size`` in bytes.
 
-    ``sources`` are the torch parameters stacked by rows in it; empty for scales (frozen) and for the
-    rotary tables (computed).
+    ``sources`` are the torch parameters stacked by rows in it; empty for scales (frozen) and for
+    the rotary tables (computed).
     """
 
     name: str

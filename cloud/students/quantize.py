@@ -1,9 +1,9 @@
 """Eight-bit codes with scales that are frozen for the life of a base.
 
-A weight matrix ``[rows, columns]`` is cut into blocks of 32 along its columns; a block has one fp32
-scale, ``max |w| / 127``, and its codes are ``round(w / scale) + 128`` as unsigned bytes, which is what
-ONNX Runtime's ``MatMulNBits`` reads with its default zero point. Later releases keep the scales and
-change codes only, so that a delta is a change of bytes.
+A weight matrix ``[rows, columns]`` is cut into blocks of 32 along its columns; a block has one
+fp32 scale, ``max |w| / 127``, and its codes are ``round(w / scale) + 128`` as unsigned bytes,
+which is what ONNX Runtime's ``MatMulNBits`` reads with its default zero point. Later releases keep
+the scales and change codes only, so that a delta is a change of bytes.
 
 Training must go on from fp32 masters, never from codes: from the middle of a cell every change of
 less than half a step would round away, and that is where a skill lives (docs/adr/0003).
@@ -53,7 +53,8 @@ def encode(weight: Weights, scales: Scales) -> Codes:
     rows, columns = weight.shape
     steps = weight.reshape(rows, columns // BLOCK, BLOCK) / scales[:, :, None]
     codes = np.clip(np.rint(steps), -_LIMIT, _LIMIT) + ZERO
-    return codes.astype(np.uint8).reshape(rows, columns)
+    result: Codes = codes.astype(np.uint8).reshape(rows, columns)
+    return result
 
 
 def decode(codes: Codes, scales: Scales) -> Weights:

@@ -39,7 +39,7 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model brought in: torch model in fp32, tokenizer, ids that end an answer, a readable name."""
+    """A model brought in: torch model in fp32, tokenizer, ids ending an answer, a name."""
 
     model: LlamaForCausalLM
     tokenizer: Tokenizer
@@ -80,7 +80,9 @@ def load(path: Path) -> Source:
 
 def _load_folder(path: Path) -> Source:
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # transformers and tokenizers raise many unrelated kinds
         msg = f"{path} is not a Hugging Face folder with a model and tokenizer.json: {error}"
@@ -108,11 +110,13 @@ def _load_gguf(path: Path) -> Source:
         msg = f"{path} is not a readable GGUF file: {error}"
         raise InvalidInputError(msg) from error
     if meta.get("general.architecture") != "llama":
-        msg = f"{path} holds {meta.get('general.architecture')!r}; only the Llama family is supported"
+        msg = (
+            f"{path} holds {meta.get('general.architecture')!r}; only the Llama family is supported"
+        )
         raise InvalidInputError(msg)
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     config = _config(meta, tied="output.weight" not in tensors)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     state = _state(tensors, config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [m for m in missing if not (config.tie_word_embeddings and m == "lm_head.weight")]
@@ -121,11 +125,12 @@ def _load_gguf(path: Path) -> Source:
         raise InvalidInputError(msg)
     tokenizer = _tokenizer(meta)
     eos = _eos(tokenizer, meta.get("tokenizer.ggml.eos_token_id"))
-    return Source(model.eval(), tokenizer, eos, meta.get("general.name", path.stem))
+    torch.nn.Module.eval(model)
+    return Source(model, tokenizer, eos, meta.get("general.name", path.stem))
 
 
 def _config(meta: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
-    return LlamaConfig(
+    return LlamaConfig(  # type: ignore[no-untyped-call]
         vocab_size=len(meta["tokenizer.ggml.tokens"]),
         hidden_size=meta["llama.embedding_length"],
         intermediate_size=meta["llama.feed_forward_length"],
@@ -142,7 +147,10 @@ def _config(meta: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
 
 
 def _state(tensors: Mapping[str, np.ndarray], config: LlamaConfig) -> dict[str, torch.Tensor]:
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    names = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
     names["output.weight"] = "lm_head.weight"
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state = {}
@@ -190,5 +198,6 @@ def _tokenizer(meta: Mapping[str, Any]) -> Tokenizer:
 def describe(source: Source) -> str:
     """One line for people: name and number of parameters."""
     count = sum(p.numel() for p in source.model.parameters())
-    return f"{source.name}, {count / 1e6:.1f}M parameters, vocabulary {source.model.config.vocab_size}"
-
+    return (
+        f"{source.name}, {count / 1e6:.1f}M parameters, vocabulary {source.model.config.vocab_size}"
+    )

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from protos.errors import IntegrityError, InvalidInputError
 from protos.harness import Harness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 FILES = ("graph.onnx", "weights.bin", "tokenizer.json", "student.json", "harness.json")
 
@@ -63,9 +65,7 @@ def list_files(folder: Path) -> list[BundleFile]:
         IntegrityError: a file is missing.
     """
     try:
-        return [
-            BundleFile(n, sha256_file(folder / n), (folder / n).stat().st_size) for n in FILES
-        ]
+        return [BundleFile(n, sha256_file(folder / n), (folder / n).stat().st_size) for n in FILES]
     except FileNotFoundError as error:
         msg = f"{folder} is not a whole student bundle: {error.filename} is missing"
         raise IntegrityError(msg) from error

