@@ -47,3 +47,53 @@ def broker(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int
     embedded.start()
     yield listen
     embedded.stop()
+
+
+def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
+    """A Hugging Face folder with a random two-layer Llama and a byte-level tokenizer."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=288,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        bos_token_id=1,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of the tiny student."""
+    return make_tiny_folder(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny student, imported: ``bundle/`` and ``masters/``."""
+    from cloud.students.importer import bring_in
+    from protos.harness import Harness
+
+    out = tmp_path_factory.mktemp("tiny-student") / "student"
+    harness = Harness(system="Be brief.", max_tokens=12)
+    bring_in(tiny_folder, harness, out, lambda *_: None)
+    return out

@@ -182,27 +182,31 @@ class Student:
         return self._decode(ids, min(decoding.max_tokens, room), decoding)
 
     def _decode(self, ids: list[int], limit: int, decoding: Decoding) -> Iterator[Token]:
+        """Tokens are held back while their text may turn out to begin a stop text."""
         rng = np.random.default_rng(decoding.seed)
         decoded: list[int] = []
-        shown = ""
+        shown, held = "", list[Token]()
         logits = self._prefill(ids)
         for step in range(limit):
             token, logprob = choose(logits, decoding.temperature, rng)
             if token in self._eos:
-                return
+                break
             decoded.append(token)
             text = self.tokenizer.decode(decoded, skip_special_tokens=True)
             fresh = "" if text.endswith(_REPLACEMENT) else text[len(shown) :]
             shown += fresh
-            cut = first_stop(shown, decoding.stop)
+            held.append(Token(token, fresh, logprob))
+            pending = "".join(t.text for t in held)
+            cut = first_stop(pending, decoding.stop)
             if cut is not None:
-                kept = max(0, cut - (len(shown) - len(fresh)))
-                if fresh[:kept]:
-                    yield Token(token, fresh[:kept], logprob)
+                yield from shorten(held, cut)
                 return
-            yield Token(token, fresh, logprob)
+            if not may_stop(pending, decoding.stop):
+                yield from held
+                held = []
             if step + 1 < limit:
                 logits = self._step(token)
+        yield from held
 
     def _prefill(self, ids: list[int]) -> Floats:
         shared = 0
@@ -350,3 +354,25 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """
     found = [i for i in (text.find(s) for s in stops if s) if i >= 0]
     return min(found, default=None)
+
+
+def may_stop(text: str, stops: Sequence[str]) -> bool:
+    """Whether the end of ``text`` may be the beginning of a stop text.
+
+    >>> may_stop("one.", [". "]), may_stop("one", [". "])
+    (True, False)
+    """
+    return any(text.endswith(s[:n]) for s in stops for n in range(1, len(s)))
+
+
+def shorten(tokens: Sequence[Token], length: int) -> Iterator[Token]:
+    """The first ``length`` characters of tokens, as tokens.
+
+    >>> [t.text for t in shorten([Token(1, "ab", -1.0), Token(2, "cd", -1.0)], 3)]
+    ['ab', 'c']
+    """
+    for token in tokens:
+        if length <= 0:
+            return
+        yield Token(token.id, token.text[:length], token.logprob)
+        length -= len(token.text)
