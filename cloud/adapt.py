@@ -8,11 +8,9 @@ the same input and, with the same seed, comes to the same result.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -29,6 +27,7 @@ from cloud.learners import prompts
 from cloud.learners.model import Example, SplitModel
 from cloud.learners.sdft import Lesson, Sdft, SdftConfig, StepReport, Target, keep
 from cloud.students.export import write_back
+from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
 from edge.student.runtime import Student
 from protos.errors import AnabranchError, TrainingError
@@ -42,7 +41,6 @@ log = logging.getLogger("anabranch.adapt")
 _ANCHOR_TOKENS = 48
 # Shown twice, a demonstration is copied by the teacher always, shown once in nine cases of ten.
 _TEACHER_SHOWN = 2
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -246,16 +244,6 @@ def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Ex
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to end this process with the cloud's: two of them must not share a folder."""
-    parent = os.environ.get("ANABRANCH_PARENT")
-    if parent is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it ended before the kernel was asked
-        sys.exit(1)
 
 
 def main() -> int:

@@ -181,6 +181,9 @@ def demo(
 
 def main() -> None:
     """Run the command; errors that a person can act on are one line, not a traceback."""
+    from edge.process import end_with_parent  # noqa: PLC0415  # slow to import
+
+    end_with_parent()
     try:
         app()
     except AnabranchError as error:

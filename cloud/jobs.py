@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from cloud.adapt import Spec, write_atomically
+from edge.process import PARENT
 from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
 
@@ -130,7 +131,7 @@ class Jobs:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=os.environ | {"ANABRANCH_PARENT": str(os.getpid())},
+            env=os.environ | {PARENT: str(os.getpid())},
         )
 
     def running(self) -> bool:

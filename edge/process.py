@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
+import signal
 import socket
+import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,6 +22,25 @@ from protos.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+PARENT = "ANABRANCH_PARENT"
+"""Environment variable: the process that :func:`end_with_parent` is not to outlive."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process with the one that ``ANABRANCH_PARENT`` names, if any.
+
+    A parent that is killed cannot end its children, and two of them must not share a folder.
+    """
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended before the kernel was asked
+        sys.exit(1)
 
 
 def log_to_stderr() -> None:

@@ -12,6 +12,7 @@ from cloud.broker import EmbeddedBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="session")

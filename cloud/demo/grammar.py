@@ -24,12 +24,14 @@ class Skill:
     """A named part of the grammar: intents, limited to things of some domains.
 
     `spoken` replaces grammar rules by what people use of them, for sampling only; a word that
-    is repeated in it is that much more frequent.
+    is repeated in it is that much more frequent. `without` names lists: templates with one of them
+    are not sampled.
     """
 
     intents: tuple[str, ...]
     domains: frozenset[str] = frozenset()
     spoken: Mapping[str, str] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
 
 
 SKILLS: Mapping[str, Skill] = MappingProxyType(
@@ -38,6 +40,7 @@ SKILLS: Mapping[str, Skill] = MappingProxyType(
             ("HassTurnOn", "HassTurnOff", "HassLightSet"),
             frozenset({"light", "switch"}),
             {"numeric_value_set": "(set|set|change|turn)"},
+            frozenset({"color", "color_temperature"}),
         ),
         "media": Skill(
             (
@@ -248,14 +251,20 @@ def blocks_of(skill: str) -> dict[str, list[Block]]:
                 for _ in range(1 if _SELDOM.search(text) else 3)
                 if not _SKIPPED.search(text)
             ]
-            if texts and (domains or not data.domains):
+            rules = {**grammar.expansion_rules, **parsed, **data.expansion_rules}
+            templates = tuple(
+                template
+                for template in map(hassil.parse_sentence, map(_edited, texts))
+                if not chosen.without.intersection(template.list_names(rules))
+            )
+            if templates and (domains or not data.domains):
                 block = Block(
                     intent=intent,
                     slots=data.slots,
                     domains=frozenset(domains or chosen.domains),
-                    rules={**grammar.expansion_rules, **parsed, **data.expansion_rules},
+                    rules=rules,
                     lists={**grammar.slot_lists, **data.slot_lists},
-                    templates=tuple(hassil.parse_sentence(_edited(text)) for text in texts),
+                    templates=templates,
                 )
                 blocks.setdefault(intent, []).append(block)
     return blocks

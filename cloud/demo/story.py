@@ -1,0 +1,248 @@
+"""The demo's story: a fleet learns a skill, its homes change, it drifts, learns and recovers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cloud.demo.commands import sample
+from cloud.demo.people import exact_match
+from edge.student.runtime import Student
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.progress import Progress, TaskID
+
+    from cloud.demo.commands import Command
+    from cloud.demo.homes import Home
+    from cloud.demo.people import Household
+    from cloud.demo.record import Record
+    from cloud.demo.town import Town
+    from cloud.jobs import Job
+
+SKILL_A, SKILL_B = "lights", "media"
+TESTS = 34  # unseen commands of each skill in each home: 102 in all
+_LEARN, _STEADY, _SHIFT, _AFTER = 120, 40, 120, 30  # commands a home at most
+_LULL_S = 1.0  # between the commands of a home while an update is on its way
+_KEPT = 6  # after the shift one command in so many is still of the old skill
+_CHUNK = 17
+_LEARN_S = 1200
+
+Said = tuple[str, "Command"]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the people of one home will say: no two commands of it are the same.
+
+    ``tests`` are asked only to measure and never told; the rest is (skill, command) by phase.
+    """
+
+    tests: dict[str, list[Command]]
+    learn: list[Said]
+    steady: list[Said]
+    shift: list[Said]
+    after: list[Said]
+
+
+def write_script(home: Home, rng: random.Random, others: Sequence[Script]) -> Script:
+    """Draw the commands of a home; its tests are in no home's other commands, nor the reverse."""
+    said = {c.text for s in others for c in _all(s)}
+    counts = {SKILL_A: _LEARN + _STEADY + _SHIFT // _KEPT + _AFTER, SKILL_B: _SHIFT + _AFTER}
+    drawn: dict[str, Iterator[Command]] = {}
+    tests: dict[str, list[Command]] = {}
+    for skill, count in counts.items():
+        commands = sample(skill, home, TESTS + count, rng, exclude=said)
+        tests[skill], drawn[skill] = commands[:TESTS], iter(commands[TESTS:])
+
+    def take(skill: str, count: int) -> list[Said]:
+        return [(skill, next(drawn[skill])) for _ in range(count)]
+
+    learn, steady = take(SKILL_A, _LEARN), take(SKILL_A, _STEADY)
+    shift = [
+        said
+        for _ in range(_SHIFT // _KEPT)
+        for said in (*take(SKILL_B, _KEPT - 1), *take(SKILL_A, 1))
+    ]
+    after = take(SKILL_A, _AFTER // 2) + take(SKILL_B, _AFTER - _AFTER // 2)
+    rng.shuffle(after)
+    return Script(tests, learn, steady, shift, after)
+
+
+def _all(script: Script) -> Iterator[Command]:
+    for commands in script.tests.values():
+        yield from commands
+    for part in (script.learn, script.steady, script.shift, script.after):
+        yield from (command for _, command in part)
+
+
+class Story:
+    """Plays the script in the town.
+
+    Args:
+        town: everything runs in it.
+        scripts: by the town's households, in their order.
+        record: where what happens is written down.
+        progress: bars of what takes long.
+    """
+
+    def __init__(
+        self, town: Town, scripts: Sequence[Script], record: Record, progress: Progress
+    ) -> None:
+        self._town = town
+        self._homes = list(zip(town.households, scripts, strict=True))
+        self._record = record
+        self._progress = progress
+        self.jobs: list[Job] = []
+        self.versions: list[int] = []
+
+    async def play(self) -> None:
+        """From devices that know nothing to a fleet that knows both skills.
+
+        Raises:
+            DemoError: something did not come about.
+        """
+        await self._learn("learn", SKILL_A, lambda s: s.learn)
+        await self._measure("skill_a_before", SKILL_A)
+        await self._measure("skill_b_before", SKILL_B)
+        await self._live("steady", lambda s: s.steady)
+        await self._learn("shift", SKILL_B, lambda s: s.shift)
+        await self._measure("skill_a_after", SKILL_A)
+        await self._measure("skill_b_after", SKILL_B)
+        await self._live("after", lambda s: s.after)
+
+    async def _learn(self, phase: str, skill: str, part: Callable[[Script], list[Said]]) -> None:
+        """People ask and correct until the cloud learns; then its release reaches all devices."""
+        number = len(self.jobs) + 1
+        left = await self._live(phase, part, until=lambda: self._town.job(number) is not None)
+        with self._bar("waiting for the cloud to begin", None):
+            await self._town.processes.until(
+                lambda: self._town.job(number) is not None,
+                "the cloud to begin an adaptation (were there too few corrections?)",
+                seconds=60,
+            )
+        job = self._town.job(number)
+        assert job is not None  # noqa: S101  # waited for above
+        self.jobs.append(job)
+        count = len(job.evidence.learn) + len(job.evidence.held_out)
+        self._record.add("job", name=job.name, state="learning", demonstrations=count)
+        if skill == SKILL_B:
+            await self._measure_with_memory("skill_b_memory", SKILL_B)
+        version = await self._follow(job)
+        self._record.add("job", name=job.name, state="done", demonstrations=count)
+        await self._roll_out(version, left)
+
+    async def _live(
+        self,
+        phase: str,
+        part: Callable[[Script], list[Said]],
+        until: Callable[[], bool] | None = None,
+    ) -> dict[str, list[Said]]:
+        """Let people say a part of their script; returns what was not said."""
+        self._town.begin(phase)
+        whole = {h.device: list(part(s)) for h, s in self._homes}
+        total = sum(map(len, whole.values()))
+        with self._bar(f"{phase}: people ask and correct", total) as task:
+
+            async def talk(household: Household) -> None:
+                said = whole[household.device]
+                while said and not (until and until()):
+                    skill, command = said.pop(0)
+                    await self._town.say(household, command, skill)
+                    self._progress.advance(task)
+
+            async with asyncio.TaskGroup() as group:
+                for household, _ in self._homes:
+                    group.create_task(talk(household))
+        return whole
+
+    async def _follow(self, job: Job) -> int:
+        """Show an adaptation until its release is there."""
+        version: int | None = None
+        with self._bar(f"adaptation {job.name}", 1.0) as task:
+
+            def done() -> bool:
+                nonlocal version
+                note = job.progress or {}
+                phase = str(note.get("phase", "starting"))
+                self._progress.update(
+                    task,
+                    completed=float(note.get("fraction", 0.0)),
+                    description=f"adaptation {job.name}: {phase}",
+                )
+                version = self._town.released(job)
+                return version is not None
+
+            await self._town.processes.until(done, f"adaptation {job.name}", seconds=_LEARN_S)
+        assert version is not None  # noqa: S101  # waited for above
+        self.versions.append(version)
+        self._record.add("release", version=version)
+        return version
+
+    async def _roll_out(self, version: int, left: dict[str, list[Said]]) -> None:
+        """People go on asking, slowly, while the release reaches their devices."""
+        with self._bar(f"release {version}: rollout", None):
+            rollout = asyncio.create_task(self._town.settle(version))
+
+            async def talk(household: Household) -> None:
+                while not rollout.done() and left[household.device]:
+                    skill, command = left[household.device].pop(0)
+                    await self._town.say(household, command, skill)
+                    await asyncio.sleep(_LULL_S)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for household, _ in self._homes:
+                        group.create_task(talk(household))
+                await rollout
+            finally:
+                rollout.cancel()
+
+    async def _measure(self, name: str, skill: str) -> None:
+        """Exact match on unseen commands: each device's own file, without working memory."""
+        right = count = 0
+        total = sum(len(s.tests[skill]) for _, s in self._homes)
+        with self._bar(f"{name}: unseen {skill} commands", total) as task:
+            for household, script in self._homes:
+                student = Student.open(self._town.serving(household), threads=2)
+                try:
+                    for start in range(0, len(script.tests[skill]), _CHUNK):
+                        part = script.tests[skill][start : start + _CHUNK]
+                        right += await asyncio.to_thread(exact_match, student, part)
+                        count += len(part)
+                        self._progress.update(task, completed=count)
+                finally:
+                    student.close()
+        self._record.add("measure", name=name, skill=skill, right=right, count=count)
+
+    async def _measure_with_memory(self, name: str, skill: str) -> None:
+        """Exact match on unseen commands as the device answers them: with its working memory."""
+        rights: list[bool] = []
+        total = sum(len(s.tests[skill]) for _, s in self._homes)
+        with self._bar(f"{name}: unseen {skill} commands", total) as task:
+
+            async def ask(household: Household, commands: list[Command]) -> None:
+                for command in commands:
+                    asked = await household.ask(command, store=False)
+                    rights.append(asked is not None and asked.right)
+                    self._progress.advance(task)
+
+            async with asyncio.TaskGroup() as group:
+                for household, script in self._homes:
+                    group.create_task(ask(household, script.tests[skill]))
+        self._record.add("measure", name=name, skill=skill, right=sum(rights), count=len(rights))
+
+    @contextlib.contextmanager
+    def _bar(self, what: str, total: float | None) -> Iterator[TaskID]:
+        """A bar that stays, full, when its work is done; a line where there is no terminal."""
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(f"{self._record.now:6.0f} s  {what}")
+        task = self._progress.add_task(what, total=total)
+        yield task
+        shown = self._progress.tasks[self._progress.task_ids.index(task)]
+        self._progress.update(task, total=shown.completed or 1, completed=shown.completed or 1)
+        self._progress.stop_task(task)
