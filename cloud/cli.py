@@ -96,7 +96,7 @@ def cloud(
     grpc: Annotated[str, typer.Option(help="Where devices fetch releases.")] = "127.0.0.1:50051",
     metrics: Annotated[str, typer.Option(help="Where /metrics is.")] = "127.0.0.1:9108",
     demonstrations: Annotated[
-        int, typer.Option(min=10, help="Corrections that an adaptation needs.")
+        int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 60,
     min_new: Annotated[

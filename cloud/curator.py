@@ -30,6 +30,7 @@ log = logging.getLogger("anabranch.curator")
 
 _CANARIES = 6
 _CONFIRMED = 48
+_LOOKED_AT = 5000  # the latest demonstrations; older ones no longer say how a home is
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class _Metrics:
         )
         self.unlearned = Gauge(
             "anabranch_demonstrations_unlearned",
-            "Corrections that no release has learnt",
+            "Demonstrations worth learning that no release has learnt",
             ["channel"],
             registry=registry,
         )
@@ -197,8 +198,9 @@ class Curator:
 
     def _fresh(self, used: job_rules.Evidence) -> list[device_pb2.Demonstration]:
         taken = {*used.learn, *used.held_out}
-        rows = self._evidence.demonstrations(self._channel, exclude=taken)
-        return job_rules.corrections(job_rules.newest_each(rows))
+        rows = self._evidence.demonstrations(self._channel, exclude=taken, limit=_LOOKED_AT)
+        alarms = job_rules.alarms(self._evidence.drift_reports(self._channel))
+        return job_rules.lessons(job_rules.newest_each(rows), alarms)
 
     def _situation(self, jobs: list[Job], fresh: int) -> Situation:
         devices = {d.device: d.student for d in self._evidence.devices(self._channel)}
@@ -218,10 +220,13 @@ class Curator:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
         learn, held = job_rules.split(fresh)
+        taken = {d.id for d in fresh}
         confirmed = [
             d
-            for d in self._evidence.demonstrations(self._channel, limit=1000)
-            if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
+            for d in self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
+            if d.source == device_pb2.SOURCE_CONFIRMATION
+            and d.student == latest.student
+            and d.id not in taken
         ]
         replay = job_rules.sample(self._by_ids(used.learn)) + job_rules.sample(
             confirmed, _CONFIRMED

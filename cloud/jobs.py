@@ -23,12 +23,13 @@ from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
 _REPLAY = 160
+_NEVER_MS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,34 @@ def newest_each(
     return list(latest.values())
 
 
-def corrections(
-    demonstrations: Sequence[device_pb2.Demonstration],
+def alarms(reports: Sequence[device_pb2.DriftReport]) -> dict[tuple[str, str], int]:
+    """When each device first raised an alarm on each student: milliseconds by the device's clock.
+
+    Keys are (device, student's digest).
+    """
+    first: dict[tuple[str, str], int] = {}
+    for report in reports:
+        key = (report.device, report.student)
+        first[key] = min(report.created_ms, first.get(key, report.created_ms))
+    return first
+
+
+def lessons(
+    demonstrations: Sequence[device_pb2.Demonstration], since: Mapping[tuple[str, str], int]
 ) -> list[device_pb2.Demonstration]:
-    """Those in which a person gave the right answer."""
-    return [d for d in demonstrations if d.source == device_pb2.SOURCE_CORRECTION]
+    """What is worth learning: corrections, and what was confirmed after an alarm (``since``).
+
+    After an alarm an answer is right thanks to working memory, which the weights do not have yet.
+    Of those at most as many as there are corrections: most confirmations say what is known.
+    """
+    corrected = [d for d in demonstrations if d.source == device_pb2.SOURCE_CORRECTION]
+    confirmed = [
+        d
+        for d in demonstrations
+        if d.source == device_pb2.SOURCE_CONFIRMATION
+        and d.created_ms >= since.get((d.device, d.student), _NEVER_MS)
+    ]
+    return corrected + sample(confirmed, len(corrected))
 
 
 def split(

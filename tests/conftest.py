@@ -64,7 +64,7 @@ def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[no-untyped-call]
         vocab_size=288,
         hidden_size=64,
         intermediate_size=128,
@@ -77,7 +77,7 @@ def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
         bos_token_id=1,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from cloud.learners.model import Example, SplitModel, Upper
 
+_DECAY = 1 / 3
 _KEPT = 32  # tokens of a cached distribution; the rest of its mass is one bucket
 
 
@@ -238,7 +239,7 @@ class Sdft:
             optimizer.step()
             if origin:
                 with torch.no_grad():
-                    torch._foreach_lerp_(parameters, origin, config.pull)  # noqa: SLF001
+                    torch._foreach_lerp_(parameters, origin, config.pull)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             report(seen)
@@ -278,9 +279,14 @@ class Sdft:
 
 
 def _rate(step: int, config: SdftConfig) -> float:
-    """Linear warm-up, then half a cosine."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    """Linear warm-up, a plateau, and over the last third a linear way down.
+
+    >>> [round(_rate(s, SdftConfig(steps=9, warmup=2)), 2) for s in range(9)]
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.67, 0.33]
+    """
+    warm = (step + 1) / max(1, config.warmup)
+    down = (config.steps - step) / max(1, config.steps * _DECAY)
+    return min(1.0, warm, down)
 
 
 @torch.no_grad()
