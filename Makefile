@@ -14,7 +14,7 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format protos protos-check bench-drift clean
+.PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -71,6 +71,9 @@ protos-check: $(READY) ## Fail when the generated code is not what the .proto fi
 
 bench-drift: $(READY) ## Drift detection by simulation, beside dummies and peers: build/bench/drift.json
 	$(BIN)/python bench/drift.py
+
+bench-recipe: $(READY) ## What an adaptation gives and costs, by recipe (half an hour; after `make demo`)
+	$(OFFLINE) $(BIN)/python bench/recipe.py
 
 clean: ## Remove build outputs and caches (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -6,6 +6,7 @@ Everything it needs to go on after a crash is in the job folders and the databas
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +184,10 @@ class Curator:
         fresh = self._fresh(used)
         self._metrics.unlearned.labels(self._channel).set(len(fresh))
         decision = decide(self._situation(jobs, len(fresh)), self._config.policy)
-        if decision.reason != self._reason:
+        kind = re.sub(r"\d+", "", decision.reason)
+        if kind != self._reason:  # the numbers in it grow with every demonstration
             log.info("policy: %s", decision.reason)
-            self._reason = decision.reason
+            self._reason = kind
         if decision.adapt:
             self._adapt(jobs, fresh)
 

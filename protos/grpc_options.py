@@ -32,7 +32,7 @@ SERVER: Final[Options] = (
     ("grpc.keepalive_time_ms", PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", PING_ALLOWED_EVERY_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_ALLOWED_EVERY_MS),
     # 0: ping for as long as a stream is silent, not only twice.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

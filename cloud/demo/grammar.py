@@ -40,7 +40,7 @@ SKILLS: Mapping[str, Skill] = MappingProxyType(
             ("HassTurnOn", "HassTurnOff", "HassLightSet"),
             frozenset({"light", "switch"}),
             {"numeric_value_set": "(set|set|change|turn)"},
-            frozenset({"color", "color_temperature"}),
+            frozenset({"color", "color_temperature", "color_temperature_names"}),
         ),
         "media": Skill(
             (

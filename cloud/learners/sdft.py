@@ -40,13 +40,11 @@ class SdftConfig:
 
     steps: int = 60
     batch: int = 8
-    learning_rate: float = 2e-4
+    learning_rate: float = 1.5e-4
     warmup: int = 5
-    epsilon: float = 1e-8
-    pull: float = 0.0
     guidance: float = 0.1
     anchor_weight: float = 1.0
-    anchor_batch: int = 2
+    anchor_batch: int = 3
     replay_weight: float = 1.0
     replay_batch: int = 4
     clip: float = 1.0
@@ -217,10 +215,7 @@ class Sdft:
         earlier = keep(model, before, self._replay)
         model.encode([lesson.student for lesson in self._lessons])
         parameters = [p.requires_grad_() for p in model.upper.parameters()]
-        origin = [p.detach().clone() for p in parameters] if config.pull else []
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=0.0, eps=config.epsilon
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
         draws = [_Cycle(len(x), rng) for x in (self._lessons, self._replay, self._anchors)]
         for step in range(config.steps):
@@ -237,9 +232,6 @@ class Sdft:
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
-            if origin:
-                with torch.no_grad():
-                    torch._foreach_lerp_(parameters, origin, config.pull)
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             report(seen)

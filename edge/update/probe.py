@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edge.student.runtime import Decoding
 from protos.errors import ProbeError
-from protos.prompt import Message
+from protos.prompt import Message, chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,13 +60,17 @@ def probe(
     monotonic: Callable[[], float],
     rss_bytes: Callable[[], int],
 ) -> Probed:
-    """Answer every canary greedily, as the gate did on the same file."""
+    """Answer every canary greedily as a request would be, and as the gate did on the same file.
+
+    Without demonstrations: working memory differs from device to device.
+    """
     decoding = Decoding(max_tokens=student.harness.max_tokens)
     equal, slowest = 0, 0.0
     for canary in canaries:
         messages = [Message(m.role, m.content) for m in canary.messages]
         start = monotonic()
-        equal += student.answer(messages, decoding).text == canary.answer
+        prompt = chat(student.harness.system, messages)
+        equal += student.answer(prompt, decoding).text == canary.answer
         slowest = max(slowest, monotonic() - start)
     share = equal / len(canaries) if canaries else 1.0
     return Probed(share, slowest, rss_bytes())

@@ -83,7 +83,9 @@ Global___Delta: _TypeAlias = Delta  # noqa: Y015
 
 @_typing.final
 class Canary(_message.Message):
-    """A prompt whose answer the cloud saw on this very file."""
+    """A request as people send it, and the answer that the cloud saw on this very file.
+    A device puts its harness's system prompt before it, as before any request.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -247,6 +247,29 @@ def test_a_second_cloud_on_the_same_port_fails_at_once(cloud: Cloud) -> None:
 
 def test_devices_ping_less_often_than_the_server_allows() -> None:
     client, server = dict(grpc_options.CLIENT), dict(grpc_options.SERVER)
-    allowed = server["grpc.http2.min_recv_ping_interval_without_data_ms"]
+    allowed = server["grpc.http2.min_ping_interval_without_data_ms"]
     assert client["grpc.keepalive_time_ms"] >= 2 * allowed
     assert trust.MAX_SIGNED_BYTES < grpc_options.MAX_MESSAGE_BYTES
+
+
+def hurried(options: grpc_options.Options) -> grpc_options.Options:
+    """The same settings, 60 times as fast: a ping each second."""
+    return tuple((k, v // 60 if k.endswith(("time_ms", "data_ms")) else v) for k, v in options)
+
+
+def test_a_silent_watch_stream_outlives_many_pings(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloud.fleet.service.SERVER", hurried(grpc_options.SERVER))
+    monkeypatch.setattr(grpc_options, "CLIENT", hurried(grpc_options.CLIENT))
+    cloud.begin(cloud.publish())
+
+    async def talk(stub: fleet_pb2_grpc.FleetAsyncStub) -> None:
+        call = stub.Watch(
+            fleet_pb2.WatchRequest(channel="home", device="kitchen", student="0" * 64)
+        )
+        assert (await call.read()) is not grpc.aio.EOF
+        with pytest.raises(TimeoutError):  # a connection that is closed would raise another error
+            await asyncio.wait_for(call.read(), 6)
+
+    cloud.run(talk)

@@ -85,10 +85,11 @@ def make_bundle(folder: Path, seed: int) -> str:
 
 def ask(folder: Path) -> str:
     """The canary's answer of the student in a folder."""
-    from protos.prompt import Message
+    from protos.prompt import Message, chat
 
     student = TinyStudent(folder)
-    return student.answer([Message("user", PROMPT)], _greedy(student)).text
+    prompt = chat(student.harness.system, [Message("user", PROMPT)])
+    return student.answer(prompt, _greedy(student)).text
 
 
 def _greedy(student: TinyStudent) -> Decoding:
