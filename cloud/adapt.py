@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from cloud.learners import prompts
 from cloud.learners.model import Example, SplitModel
 from cloud.learners.sdft import Lesson, Sdft, SdftConfig, StepReport, Target, keep
 from cloud.students.export import write_back
+from edge.delta.files import write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
 from edge.student.runtime import Student
@@ -87,13 +87,12 @@ def _shown(raw: dict[str, Any]) -> Shown:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new, never a part."""
-    work = path.with_suffix(".tmp")
-    with work.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
+    """Write a small file so that a reader sees the old or the new, never a part.
+
+    Raises:
+        StorageError: the disk is full or failed.
+    """
+    write_atomic(path, text.encode())
 
 
 class Progress:
@@ -256,6 +255,12 @@ def main() -> int:
     except AnabranchError as error:
         log.error("the job failed: %s", error)  # noqa: TRY400  # the message is for people
         write_atomically(job / "result.json", json.dumps({"passed": False, "error": str(error)}))
+        return 1
+    except Exception as error:
+        # A fault of ours or of the machine: said once, because the same input fails the same way.
+        log.exception("the job failed")
+        why = f"{type(error).__name__}: {error}; log.txt says where"
+        write_atomically(job / "result.json", json.dumps({"passed": False, "error": why}))
         return 1
     log.info("gate %s: %s", "passed" if result["passed"] else "failed", result["checks"])
     return 0

@@ -57,7 +57,12 @@ def student_import(
     *,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     harness: Annotated[
-        Path | None, typer.Option(help="harness.json: system prompt, answer schema, decoding.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="harness.json: system prompt, answer schema, decoding.",
+        ),
     ] = None,
 ) -> None:
     """Quantize a model once, export the file that devices run, and check it against torch."""

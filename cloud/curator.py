@@ -31,6 +31,7 @@ log = logging.getLogger("anabranch.curator")
 
 _CANARIES = 6
 _CONFIRMED = 48
+_ATTEMPTS = 3
 _LOOKED_AT = 5000  # the latest demonstrations; older ones no longer say how a home is
 
 
@@ -125,6 +126,8 @@ class Curator:
         self._config = config
         self._metrics = _Metrics(registry)
         self._reason = ""
+        self._started: dict[str, int] = {}
+        self._ended = {job.name for job in jobs.all() if job.result is not None}
 
     def begin(self) -> None:
         """At the start of the process: the first release, and what a crash interrupted."""
@@ -154,12 +157,39 @@ class Curator:
         self._metrics.fraction.labels(self._channel).set(0)
         job = jobs[-1] if jobs else None
         if job is not None and job.result is None:
-            log.info("job %s has no result: it runs again", job.name)
-            self._jobs.start(job)
+            self._again(job)
+        elif job is not None and job.result and not job.result["passed"] and self._first(job):
+            self._refused(job.result)
         elif job is not None and job.result and job.result["passed"] and job.version is None:
             self._publish(job, job.result)
         else:
             self._consider(jobs)
+
+    def _again(self, job: Job) -> None:
+        """Run a job that a crash interrupted, but not one that crashes whenever it runs."""
+        if self._started.get(job.name, 0) >= _ATTEMPTS:
+            job.failed(f"its process ended {_ATTEMPTS} times without a result; see log.txt")
+            return
+        log.info("job %s has no result: it runs again", job.name)
+        self._start(job)
+
+    def _start(self, job: Job) -> None:
+        self._started[job.name] = self._started.get(job.name, 0) + 1
+        self._jobs.start(job)
+
+    def _first(self, job: Job) -> bool:
+        """Whether this end of a job is news."""
+        news = job.name not in self._ended
+        self._ended.add(job.name)
+        return news
+
+    def _refused(self, result: dict[str, Any]) -> None:
+        """Show a job that came to no release."""
+        kind = "failed" if "error" in result else "refused"
+        self._metrics.adaptations.labels(self._channel, kind).inc()
+        if kind == "refused":
+            self._show(result)
+        log.warning("no release: %s", result.get("error") or f"the gate says {result['checks']}")
 
     def _roll_back(self) -> None:
         content = self._driver.rollback(self._channel)
@@ -256,7 +286,7 @@ class Curator:
             len(replay),
             len(spec.earlier),
         )
-        self._jobs.start(job)
+        self._start(job)
 
     def _by_ids(self, ids: tuple[str, ...]) -> list[device_pb2.Demonstration]:
         return self._evidence.demonstrations(self._channel, only=ids)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from cloud.adapt import Spec, write_atomically
+from edge.delta.files import storage_errors
 from edge.process import PARENT
 from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
@@ -113,12 +114,17 @@ class Jobs:
         return [Job(f) for f in sorted(folders) if (f / "spec.json").exists()]
 
     def create(self, spec: Spec, evidence: Evidence) -> Job:
-        """Write down a new job; it starts with :meth:`start`."""
+        """Write down a new job; it starts with :meth:`start`.
+
+        Raises:
+            StorageError: the disk is full or failed: there is no new job.
+        """
         jobs = self.all()
         number = int(jobs[-1].name) + 1 if jobs else 1
         folder = self._folder / f"{number:04d}"
-        shutil.rmtree(folder, ignore_errors=True)  # left half-written by a crash: it has no spec
-        folder.mkdir(parents=True)
+        with storage_errors(f"making the folder of job {folder.name}"):
+            shutil.rmtree(folder, ignore_errors=True)  # left by a crash: it has no spec
+            folder.mkdir(parents=True)
         ids = {"learn": evidence.learn, "held_out": evidence.held_out}
         write_atomically(folder / "evidence.json", json.dumps(ids))
         write_atomically(folder / "spec.json", spec.to_json())
@@ -126,7 +132,8 @@ class Jobs:
 
     def start(self, job: Job) -> None:
         """Run a job in a process that ends with this one."""
-        self._log = (job.folder / "log.txt").open("ab")
+        with storage_errors(f"opening the log of job {job.name}"):
+            self._log = (job.folder / "log.txt").open("ab")
         self._process = subprocess.Popen(  # noqa: S603  # our own module and folder
             [sys.executable, "-m", "cloud.adapt", str(job.folder)],
             stdin=subprocess.DEVNULL,

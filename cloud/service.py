@@ -2,6 +2,7 @@
 
 State folder::
 
+    STATE/lock             held by the cloud that runs here
     STATE/cloud.json       pid and addresses, while it runs
     STATE/cloud.sqlite     evidence, releases, rollouts
     STATE/keys/            the signing key, and trusted.pem for devices
@@ -126,6 +127,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             store=evidence,
             metrics=IngestMetrics(registry, channels=[config.channel]),
             random=random.SystemRandom(),
+            channel=config.channel,
         )
         await asyncio.to_thread(curator.begin)
         ingest.start()

@@ -6,6 +6,7 @@ State folder::
     STATE/agent.json      its pid and addresses, while it runs
     STATE/slots/          students, and which one serves
     STATE/update/         the update client's journal
+    STATE/downloads/      what is being fetched
     STATE/outbox.sqlite   evidence that the cloud has not stored yet
     STATE/memory.sqlite   working memory
 """

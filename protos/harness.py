@@ -51,12 +51,32 @@ class Harness:
                 msg = f"harness version {raw.get('version')!r} is not {VERSION}: update the agent"
                 raise InvalidInputError(msg)
             harness = cls(**raw)
+            harness.check()
             if harness.schema is not None:
                 jsonschema.Draft202012Validator.check_schema(harness.schema)
         except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
             msg = f"harness.json is malformed: {error}"
             raise InvalidInputError(msg) from error
         return harness
+
+    def check(self) -> None:
+        """Refuse values that no student can work with.
+
+        Raises:
+            InvalidInputError: a field has the wrong type or is out of bounds.
+        """
+        counts = {"max_tokens": (self.max_tokens, 1), "memory_shown": (self.memory_shown, 0)}
+        for name, (value, least) in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                msg = f"harness.json: {name} is {value!r}; it must be a whole number from {least}"
+                raise InvalidInputError(msg)
+        share = self.memory_similarity
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            msg = f"harness.json: memory_similarity is {share!r}; it must be from 0 to 1"
+            raise InvalidInputError(msg)
+        if not isinstance(self.system, str):
+            msg = f"harness.json: system is {self.system!r}; it must be text"
+            raise InvalidInputError(msg)
 
     def breaks_schema(self, answer: str) -> bool:
         """Tell whether an answer violates the schema (never, where there is none).

@@ -49,16 +49,26 @@ class Ingest:
         store: where evidence goes.
         metrics: counts what comes in.
         random: for the client's name and the jitter of retries.
+        channel: whose evidence is taken; another cloud on the same broker takes another's, and
+            what nobody stores must not be acknowledged. "+" takes every channel's.
     """
 
     def __init__(
-        self, *, address: Address, store: EvidenceStore, metrics: IngestMetrics, random: Random
+        self,
+        *,
+        address: Address,
+        store: EvidenceStore,
+        metrics: IngestMetrics,
+        random: Random,
+        channel: str = "+",
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._queue: queue.Queue[_Arrival] = queue.Queue(_QUEUE)
         self._stop = threading.Event()
-        self._link = _Receiver(address=address, receive=self._receive, random=random)
+        self._link = _Receiver(
+            address=address, channel=channel, receive=self._receive, random=random
+        )
         self._writer = threading.Thread(target=self._write, name="evidence-writer", daemon=True)
         metrics.watch_devices(lambda channel: sum(d.online for d in store.devices(channel)))
 
@@ -206,7 +216,12 @@ class _Receiver(MqttLink):
     """The cloud's end of the link: hands on what arrives, and publishes acknowledgements."""
 
     def __init__(
-        self, *, address: Address, receive: Callable[[Message], None], random: Random
+        self,
+        *,
+        address: Address,
+        channel: str,
+        receive: Callable[[Message], None],
+        random: Random,
     ) -> None:
         self._receive = receive
         self._acks: deque[Message] = deque()
@@ -214,7 +229,7 @@ class _Receiver(MqttLink):
             address=address,
             # Two clouds on one broker must not take over each other's connection.
             client_id=f"anabranch-cloud-{random.getrandbits(64):016x}",
-            subscriptions=[f"{topics.ROOT}/+/+/{kind}" for kind in topics.UP],
+            subscriptions=[f"{topics.ROOT}/{channel}/+/{kind}" for kind in topics.UP],
             random=random,
         )
 

@@ -12,7 +12,11 @@ from protos.prompt import Message
 MODEL = "anabranch"
 MAX_STOPS = 4
 MAX_TEMPERATURE = 2.0
-_UNSUPPORTED = ("tools", "functions", "tool_choice", "logprobs", "audio", "prediction")
+_UNSUPPORTED = (
+    *("tools", "functions", "tool_choice", "logprobs", "audio", "prediction"),
+    "logit_bias",
+)
+_NEUTRAL = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class RequestError(InvalidInputError):
@@ -116,6 +120,12 @@ def parse_chat(body: bytes) -> ChatRequest:
     if _field(raw, "response_format", dict, {"type": "text"}).get("type") != "text":
         msg = "response_format is not supported: the harness says how answers look"
         raise RequestError(msg, param="response_format", code="unsupported_parameter")
+    for name, neutral in _NEUTRAL.items():
+        if _field(raw, name, (int, float), neutral) != neutral:
+            msg = (
+                f"{name} must be {neutral:g}: this device decodes greedily or by temperature alone"
+            )
+            raise RequestError(msg, param=name, code="unsupported_parameter")
     if _field(raw, "n", int, 1) != 1:
         msg = "n must be 1: this device gives one answer at a time"
         raise RequestError(msg, param="n")

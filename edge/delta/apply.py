@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 def _unpack_table() -> npt.NDArray[np.uint32]:
     """A byte of four steps to four bytes to add, read as one integer."""
-    adds = np.array([0, 1, 255, 0], np.uint8)  # 3 is refused before
+    adds = np.array([0, 1, 255, 0], np.uint8)  # 0 and 3 are escapes: they add elsewhere
     codes = np.arange(256, dtype=np.uint8)
     fours = np.stack([adds[codes >> shift & 3] for shift in (0, 2, 4, 6)], axis=1)
     return np.ascontiguousarray(fours).view(np.uint32).ravel()
