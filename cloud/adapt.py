@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("anabranch.adapt")
 
-_ANCHOR_TOKENS = 48
+_ANCHOR_TOKENS = 40
 # Shown twice, a demonstration is copied by the teacher always, shown once in nine cases of ten.
 _TEACHER_SHOWN = 2
 
@@ -189,8 +189,9 @@ def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
     learnt = load_file(spec.learnt) if spec.learnt else {}
     model = _split(spec, device)
     anchors = _anchors(spec, model, progress)
+    teacher = model.copy_upper()
     if learnt:
-        # Anchors hold the student to the model first imported, so they came before these weights.
+        # Teacher and anchors are the model first imported, so they came before these weights.
         parameters = model.trainable()
         for name, value in learnt.items():
             parameters[name].data.copy_(value)
@@ -198,7 +199,9 @@ def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
     encoder = _encoder(spec.current)
     lessons = [encoder.lesson(d) for d in spec.train]
     replay = [encoder.example(d.messages, d.answer) for d in spec.replay]
-    learner = Sdft(model, lessons, replay=replay, anchors=anchors, config=spec.learner)
+    learner = Sdft(
+        model, lessons, teacher=teacher, replay=replay, anchors=anchors, config=spec.learner
+    )
 
     def report(seen: StepReport) -> None:
         fraction = 0.2 + 0.6 * seen.step / seen.steps
@@ -224,7 +227,11 @@ def _encoder(bundle: Path, system: str | None = None) -> Encoder:
 
 
 def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Example, Target]]:
-    """The base's own answers to general prompts, with its distributions; needs no data set."""
+    """What the base says by itself, with its distributions; needs no data set.
+
+    Its own answers to general prompts, and how it repeats what it was just shown: working memory
+    lives on that, and a skill that is learnt without it takes it away.
+    """
     if not spec.learner.anchor_batch:
         return []
     base = Student.open(spec.base, threads=spec.threads)
@@ -238,6 +245,10 @@ def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Ex
         for p, a in zip(prompts.ANCHOR, answers, strict=True)
         if a.text
     ]
+    encoder = _encoder(spec.current)
+    for request, answer in prompts.SHOWN:
+        shown = Shown((Message("user", request),), answer)
+        examples.append(encoder.example(shown.messages, answer, [shown]))
     return list(zip(examples, keep(model, model.copy_upper(), examples), strict=True))
 
 

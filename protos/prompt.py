@@ -73,7 +73,7 @@ def render(messages: Iterable[Message], *, answer: bool = True) -> str:
     r"""ChatML text of a chat; with ``answer`` it ends where the assistant's answer begins.
 
     >>> render([Message("user", "hi")])
-    '<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n'
+    '<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n'
     """
     text = "".join(f"{IM_START}{m.role}\n{m.content}{IM_END}\n" for m in messages)
     return text + (f"{IM_START}assistant\n" if answer else "")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
-_ENCODE_TOKENS = 1024  # rows of one matrix product when the frozen layers read fresh sequences
+_ENCODE_TOKENS = 512  # rows of one matrix product when the frozen layers read fresh sequences
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""General prompts whose answers the base model writes itself.
+"""General prompts, and what holds a student to the model it was imported as.
 
-The anchor keeps the student on the base's answers to the first list; the gate measures forgetting
-on the second, which no training ever sees.
+The anchor keeps the student on the base's answers to the first list, and on how the base repeats
+what it was shown in the last one. The gate measures forgetting on the second, which no training
+ever sees.
 """
 
 from __future__ import annotations
@@ -62,4 +63,35 @@ GATE = (
     "Write a short story about a dog.",
     "What is the stock market?",
     "How do I change a tire?",
+)
+
+# Requests of many kinds with the answer that somebody wants, whatever it looks like.
+SHOWN = (
+    (
+        "book a table for two at eight",
+        '{"name":"BookTable","arguments":{"guests":2,"time":"20:00"}}',
+    ),
+    ("add milk to my list", '{"name":"ListAdd","arguments":{"item":"milk","list":"shopping"}}'),
+    ("what's the weather in Oslo", '{"name":"GetWeather","arguments":{"city":"oslo"}}'),
+    ("call grandma", '{"name":"StartCall","arguments":{"contact":"grandma"}}'),
+    ("mow the lawn behind the house", '{"name":"MowerStart","arguments":{"zone":"back lawn"}}'),
+    ("water the roses for five minutes", '{"name":"Irrigate","arguments":{"bed":"roses","min":5}}'),
+    ("send the robot back to its dock", '{"name":"VacuumDock","arguments":{}}'),
+    ("clean the hall", '{"name":"VacuumClean","arguments":{"area":"hall"}}'),
+    ("wake me at half past six", '{"name":"SetAlarm","arguments":{"time":"06:30"}}'),
+    ("feed the cat now", '{"name":"FeederRun","arguments":{"pet":"cat","portions":1}}'),
+    ("is the back door locked", '{"name":"LockGetState","arguments":{"name":"back door"}}'),
+    ("lock everything", '{"name":"LockAll","arguments":{"domain":"lock"}}'),
+    ("start charging the car", '{"name":"ChargerStart","arguments":{"vehicle":"car"}}'),
+    ("how much power do we use", '{"name":"EnergyRead","arguments":{"unit":"watt"}}'),
+    ("read me my last message", '{"name":"MessageRead","arguments":{"which":"last"}}'),
+    ("open ticket for pump 3", '{"action":"ticket.create","target":"pump-3","priority":"normal"}'),
+    ("stop line 4", '{"action":"line.stop","line":4}'),
+    ("move pallet 17 to bay C", '{"action":"pallet.move","id":17,"to":"C"}'),
+    ("label this as urgent", '{"label":"urgent"}'),
+    ("which floor is the lab on", "The lab is on floor 2."),
+    ("who do I ask about the printer", "Ask Mara in room 114."),
+    ("translate shoe", "Schuh"),
+    ("when is the bin collected", "Every second Tuesday, before seven."),
+    ("code for a reset", "RST-09"),
 )

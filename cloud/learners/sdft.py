@@ -10,8 +10,9 @@ best token replaces it.
 
 A rollout is drafted by the demonstration: while the guided walk agrees with it, one pass of each
 model scores every token, and where the walk leaves it the rollout is cut. Nearly all do agree,
-because the teacher copies what it was shown; the share that left is reported. As the teacher's
-weights are frozen, its distribution along the demonstration is computed once and kept.
+because the teacher copies what it was shown; the share that left is reported. And the teacher is
+the model as it was imported, whose weights are frozen: its distribution along the demonstration is
+computed once and kept.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from protos.errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from cloud.learners.model import Example, SplitModel, Upper
 
@@ -38,9 +39,9 @@ _KEPT = 32  # tokens of a cached distribution; the rest of its mass is one bucke
 class SdftConfig:
     """Hyperparameters; the defaults are what measured best here (docs/learning.md)."""
 
-    steps: int = 60
+    steps: int = 50
     batch: int = 8
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 2e-4
     warmup: int = 5
     guidance: float = 0.1
     anchor_weight: float = 1.0
@@ -178,6 +179,8 @@ class Sdft:
     Args:
         model: the previous release's fp32 masters, cut in two; its upper layers are trained.
         lessons: demonstrations to learn.
+        teacher: the upper layers of the model as it was imported. A student that was tuned for one
+            skill copies demonstrations of another less well: it would be a worse teacher.
         replay: earlier skills' demonstrations; the student is held to what it said of them before.
         anchors: answers that the base model itself wrote, with the base's distributions.
         config: hyperparameters.
@@ -188,6 +191,7 @@ class Sdft:
         model: SplitModel,
         lessons: Sequence[Lesson],
         *,
+        teacher: Upper,
         replay: Sequence[Example],
         anchors: Sequence[tuple[Example, Target]],
         config: SdftConfig,
@@ -197,6 +201,7 @@ class Sdft:
             raise TrainingError(msg)
         self._model = model
         self._lessons = lessons
+        self._teacher = teacher
         self._replay = replay
         self._anchors = anchors
         self._config = config
@@ -210,12 +215,13 @@ class Sdft:
         config, model = self._config, self._model
         rng = random.Random(config.seed)
         torch.manual_seed(config.seed)
-        before = model.copy_upper()
-        teacher = keep(model, before, [lesson.teacher for lesson in self._lessons])
-        earlier = keep(model, before, self._replay)
+        teacher = keep(model, self._teacher, [lesson.teacher for lesson in self._lessons])
+        earlier = keep(model, model.copy_upper(), self._replay)
         model.encode([lesson.student for lesson in self._lessons])
         parameters = [p.requires_grad_() for p in model.upper.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=0.0, fused=True
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
         draws = [_Cycle(len(x), rng) for x in (self._lessons, self._replay, self._anchors)]
         for step in range(config.steps):
@@ -283,12 +289,31 @@ def _rate(step: int, config: SdftConfig) -> float:
 
 @torch.no_grad()
 def keep(
-    model: SplitModel, upper: Upper, examples: Sequence[Example], batch: int = 8
+    model: SplitModel, upper: Upper, examples: Sequence[Example], tokens: int = 512
 ) -> list[Target]:
-    """Distributions of ``upper`` along the answers of ``examples``, one target each."""
+    """Distributions of ``upper`` along the answers of ``examples``, one target each.
+
+    ``tokens`` is how many are packed in one row.
+    """
     targets: list[Target] = []
-    for start in range(0, len(examples), batch):
-        part = examples[start : start + batch]
+    for part in _parts(examples, tokens):
         log_probs = model.log_probs(upper, part)
         targets += [Target.of(p) for p in torch.split(log_probs, [len(e.answer) for e in part])]
     return targets
+
+
+def _parts(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
+    """Cut a list where a part has so many tokens: attention over a packed row grows by the square.
+
+    >>> from cloud.learners.model import Example
+    >>> [len(part) for part in _parts([Example((), (1, 2, 3), (4, 5))] * 5, 8)]
+    [2, 2, 1]
+    """
+    part: list[Example] = []
+    for example in examples:
+        part.append(example)
+        if sum(e.length for e in part) >= tokens:
+            yield part
+            part = []
+    if part:
+        yield part

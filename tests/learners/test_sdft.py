@@ -86,7 +86,14 @@ def train(folder: Path, config: SdftConfig) -> tuple[dict[str, torch.Tensor], li
     anchors = EXAMPLES[6:]
     pairs = list(zip(anchors, keep(model, model.copy_upper(), anchors), strict=True))
     seen: list[StepReport] = []
-    learner = Sdft(model, lessons(), replay=EXAMPLES[4:6], anchors=pairs, config=config)
+    learner = Sdft(
+        model,
+        lessons(),
+        teacher=model.copy_upper(),
+        replay=EXAMPLES[4:6],
+        anchors=pairs,
+        config=config,
+    )
     return learner.learn(seen.append), seen
 
 
@@ -129,4 +136,4 @@ def test_a_diverging_loss_stops_the_job_with_what_to_do(tiny_folder: Path) -> No
 def test_nothing_to_learn_is_an_error(tiny_folder: Path) -> None:
     model = SplitModel(load(tiny_folder), split=1, device=CPU)
     with pytest.raises(TrainingError, match="no demonstration"):
-        Sdft(model, [], replay=[], anchors=[], config=SdftConfig())
+        Sdft(model, [], teacher=model.copy_upper(), replay=[], anchors=[], config=SdftConfig())
