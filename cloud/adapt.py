@@ -12,14 +12,13 @@ import json
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM
 
 from cloud.gate import gate
 from cloud.learners import prompts
@@ -41,6 +40,7 @@ log = logging.getLogger("anabranch.adapt")
 _ANCHOR_TOKENS = 40
 # Shown twice, a demonstration is copied by the teacher always, shown once in nine cases of ten.
 _TEACHER_SHOWN = 2
+_LONGEST = 1024  # tokens of a demonstration as the teacher sees it; memory grows with the square
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
         TrainingError: no demonstrations, or the training diverged.
         AnabranchError: anything else that the operator can act on.
     """
-    spec = Spec.from_json((job / "spec.json").read_text())
+    whole = Spec.from_json((job / "spec.json").read_text())
+    spec = fitting(whole)
     if not spec.train or not spec.held_out:
         msg = f"{len(spec.train)} demonstrations to learn, {len(spec.held_out)} held out: need both"
         raise TrainingError(msg)
@@ -166,20 +167,48 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
         spec.gate,
         lambda phase, part: progress(phase, 0.82 + 0.18 * part),
     )
+    left_out = [i for i, d in enumerate(whole.train) if d not in spec.train]
+    if left_out:
+        log.warning("%d demonstrations are too long to learn from: left out", len(left_out))
+    said = dict(zip((*spec.held_out, *spec.earlier), verdict.answers, strict=True))
     result = {
         "passed": verdict.passed,
         "checks": verdict.to_json(),
         "student": digest(candidate),
         "changed_codes": changed,
         "sdft_seconds": round(seconds, 2),
+        "left_out": left_out,
         "canaries": [
-            {"messages": [asdict(m) for m in d.messages], "answer": a}
-            for d, a in zip((*spec.held_out, *spec.earlier), verdict.answers, strict=True)
+            {"messages": [asdict(m) for m in d.messages], "answer": said.get(d, "")}
+            for d in (*whole.held_out, *whole.earlier)
         ],
     }
     write_atomically(job / "result.json", json.dumps(result, indent=1))
     progress("done", 1.0)
     return result
+
+
+def fitting(spec: Spec) -> Spec:
+    """The spec without demonstrations too long to be learnt, or to be asked in the gate.
+
+    A device may send 64 KiB; one such demonstration must not keep a channel from ever adapting.
+    """
+    harness, context = read_harness(spec.current), read_config(spec.current)["context_length"]
+    encoder = _encoder(spec.current)
+
+    def fits(demonstration: Shown) -> bool:
+        lesson = encoder.lesson(demonstration)
+        answer = max(harness.max_tokens, len(lesson.student.answer))
+        asked = len(lesson.student.prefix) + len(lesson.student.prompt)
+        return asked + answer <= context and len(lesson.teacher.tail) <= _LONGEST
+
+    return replace(
+        spec,
+        train=tuple(filter(fits, spec.train)),
+        held_out=tuple(filter(fits, spec.held_out)),
+        replay=tuple(filter(fits, spec.replay)),
+        earlier=tuple(filter(fits, spec.earlier)),
+    )
 
 
 def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
@@ -211,6 +240,8 @@ def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
 
 
 def _split(spec: Spec, device: torch.device) -> SplitModel:
+    from transformers import LlamaForCausalLM  # noqa: PLC0415  # seconds that the service saves
+
     model = LlamaForCausalLM.from_pretrained(
         spec.masters, dtype=torch.float32, local_files_only=True
     )

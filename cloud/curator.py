@@ -17,15 +17,20 @@ from cloud.adapt import Spec
 from cloud.gate.gate import GateConfig
 from cloud.learners.sdft import SdftConfig
 from cloud.policy import PolicyConfig, Situation, decide
+from cloud.releases.store import WEIGHTS
+from edge.student.bundle import sha256_file
+from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, release_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from cloud.evidence.store import EvidenceStore
     from cloud.jobs import Job, Jobs
-    from cloud.releases.store import ReleaseStore
+    from cloud.releases.store import Release, ReleaseStore
     from cloud.rollout.driver import RolloutDriver
+    from protos.prompt import Shown
 
 log = logging.getLogger("anabranch.curator")
 
@@ -142,8 +147,21 @@ class Curator:
                 above=above,
             )
             log.info("release %d: the imported student %s", latest.version, latest.student[:12])
-        if latest.version > self._driver.state(self._channel).version:
-            self._roll_out(latest.version, latest.student)
+        self._check_base(latest)
+        self._roll_out(latest)
+
+    def _check_base(self, latest: Release) -> None:
+        """Refuse another student than the releases here began with: codes hang on its scales."""
+        found = (self._releases.find(self._channel, v) for v in range(1, latest.version + 1))
+        first = next(r for r in found if r is not None)
+        began = {f.name: f.sha256 for f in first.manifest.files}
+        if began[WEIGHTS] != sha256_file(self._bundle / WEIGHTS):
+            msg = (
+                f"the releases of channel {self._channel!r} began with student "
+                f"{first.student[:12]}, and {self._bundle.parent} holds another one: give that "
+                "student as --student, or begin anew with another --state"
+            )
+            raise InvalidInputError(msg)
 
     def tick(self) -> None:
         """Look once: go on with a job, publish a result, or decide to begin."""
@@ -198,11 +216,15 @@ class Curator:
         self._releases.withdraw(self._channel, self._driver.state(self._channel).version)
         release = self._releases.republish(self._channel, content.version)
         log.warning("rolled back to the content of release %d", content.version)
-        self._roll_out(release.version, release.student)
+        self._roll_out(release)
 
-    def _roll_out(self, version: int, student: str) -> None:
-        devices = [d.device for d in self._evidence.devices(self._channel)]
-        self._driver.begin(self._channel, version, student=student, devices=devices)
+    def _roll_out(self, release: Release) -> None:
+        """Begin a rollout, unless it has begun."""
+        if release.version > self._driver.state(self._channel).version:
+            devices = [d.device for d in self._evidence.devices(self._channel)]
+            self._driver.begin(
+                self._channel, release.version, student=release.student, devices=devices
+            )
 
     def _bounds(self) -> release_pb2.ProbeBounds:
         return release_pb2.ProbeBounds(
@@ -229,10 +251,12 @@ class Curator:
         return {r.version for r in found if r is not None and not r.withdrawn}
 
     def _fresh(self, used: job_rules.Evidence) -> list[device_pb2.Demonstration]:
-        taken = {*used.learn, *used.held_out}
-        rows = self._evidence.demonstrations(self._channel, exclude=taken, limit=_LOOKED_AT)
+        latest = self._releases.latest(self._channel)
+        learned = latest.manifest.learned_from if latest else ()
+        taken = {*used.learn, *used.held_out, *learned}
+        rows = self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
         alarms = job_rules.alarms(self._evidence.drift_reports(self._channel))
-        return job_rules.lessons(job_rules.newest_each(rows), alarms)
+        return job_rules.lessons(job_rules.newest_each(rows, taken), alarms)
 
     def _situation(self, jobs: list[Job], fresh: int) -> Situation:
         devices = {d.device: d.student for d in self._evidence.devices(self._channel)}
@@ -288,45 +312,51 @@ class Curator:
         )
         self._start(job)
 
-    def _by_ids(self, ids: tuple[str, ...]) -> list[device_pb2.Demonstration]:
+    def _by_ids(self, ids: Collection[str]) -> list[device_pb2.Demonstration]:
         return self._evidence.demonstrations(self._channel, only=ids)
 
     def _publish(self, job: Job, result: dict[str, Any]) -> None:
         """Make a release of a job that passed; safe to repeat after a crash in the middle."""
         self._show(result)
-        latest = self._releases.latest(self._channel)
-        if latest is None or latest.student != result["student"]:
-            spec = Spec.from_json((job.folder / "spec.json").read_text())
-            asked = (*spec.held_out, *spec.earlier)
-            right = [
-                c for c, d in zip(result["canaries"], asked, strict=True) if c["answer"] == d.answer
-            ]
-            evidence = job.evidence
-            covered = [
-                i
-                for i, c, d in zip(
-                    evidence.held_out, result["canaries"], spec.held_out, strict=False
-                )
-                if c["answer"] == d.answer
-            ]
-            earlier = latest.manifest.learned_from if latest else ()
-            latest = self._releases.publish(
-                job.candidate,
-                channel=self._channel,
-                canaries=[_canary(c) for c in right[:_CANARIES]],
-                bounds=self._bounds(),
-                learned_from=dict.fromkeys([*earlier, *evidence.learn, *covered]),
-                gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
-            )
-        self._roll_out(latest.version, latest.student)
-        job.published(latest.version)
+        release = self._made_of(job, result) or self._make(job, result)
+        self._roll_out(release)
+        job.published(release.version)
         self._metrics.adaptations.labels(self._channel, "released").inc()
         log.info(
             "release %d: student %s, delta %.1f MB of %.1f MB",
-            latest.version,
-            latest.student[:12],
-            latest.delta_bytes / 1e6,
-            latest.full_bytes / 1e6,
+            release.version,
+            release.student[:12],
+            release.delta_bytes / 1e6,
+            release.full_bytes / 1e6,
+        )
+
+    def _made_of(self, job: Job, result: dict[str, Any]) -> Release | None:
+        """The release that was made of a job already, before a crash."""
+        latest = self._releases.latest(self._channel)
+        if latest is None or latest.student != result["student"]:
+            return None
+        # A student may come out as the one before it; what it learnt from tells them apart.
+        learnt = set(latest.manifest.learned_from)
+        return None if learnt.isdisjoint(job.evidence.learn) else latest
+
+    def _make(self, job: Job, result: dict[str, Any]) -> Release:
+        spec = Spec.from_json((job.folder / "spec.json").read_text())
+        right = job_rules.answered(spec, result)
+        known = {*right, *job_rules.learnt(spec, result)}
+        # Not only the job's: what others said alike, before or since, is in these weights as well.
+        rows = self._by_ids([*job.evidence.learn, *job.evidence.held_out])
+        rows += self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
+        latest = self._releases.latest(self._channel)
+        earlier = latest.manifest.learned_from if latest else ()
+        return self._releases.publish(
+            job.candidate,
+            channel=self._channel,
+            canaries=[_canary(d) for d in right[:_CANARIES]],
+            bounds=self._bounds(),
+            learned_from=dict.fromkeys(
+                [*earlier, *(d.id for d in rows if job_rules.shown(d) in known)]
+            ),
+            gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
         )
 
     def _show(self, result: dict[str, Any]) -> None:
@@ -336,6 +366,6 @@ class Curator:
             self._metrics.bound.labels(self._channel, check["name"]).set(check["bound"])
 
 
-def _canary(raw: dict[str, Any]) -> release_pb2.Canary:
-    messages = [device_pb2.ChatMessage(**m) for m in raw["messages"]]
-    return release_pb2.Canary(messages=messages, answer=raw["answer"])
+def _canary(shown: Shown) -> release_pb2.Canary:
+    messages = [device_pb2.ChatMessage(role=m.role, content=m.content) for m in shown.messages]
+    return release_pb2.Canary(messages=messages, answer=shown.answer)

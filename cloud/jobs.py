@@ -175,10 +175,29 @@ def shown(demonstration: device_pb2.Demonstration) -> Shown:
 
 
 def newest_each(
-    demonstrations: Sequence[device_pb2.Demonstration],
+    demonstrations: Sequence[device_pb2.Demonstration], taken: Collection[str] = ()
 ) -> list[device_pb2.Demonstration]:
-    """One demonstration for each request, the newest: people may change their minds."""
-    latest = {tuple((m.role, m.content) for m in d.messages): d for d in demonstrations}
+    """One demonstration for each request, the newest: people may change their minds.
+
+    What is older than one of the ids ``taken`` (learnt or held out) is settled with it. Who
+    confirms what a correction said before says nothing new: the correction stays.
+
+    Args:
+        demonstrations: the oldest first.
+        taken: ids that are not given again.
+    """
+    latest: dict[tuple[Message, ...], device_pb2.Demonstration] = {}
+    for d in demonstrations:
+        request = shown(d).messages
+        before = latest.get(request)
+        if d.id in taken:
+            latest.pop(request, None)
+        elif (
+            before is None
+            or d.source == device_pb2.SOURCE_CORRECTION
+            or d.correction != before.correction
+        ):
+            latest[request] = d
     return list(latest.values())
 
 
@@ -227,6 +246,18 @@ def sample(
 ) -> list[device_pb2.Demonstration]:
     """At most ``count``, by the fixed shuffle."""
     return sorted(demonstrations, key=lambda d: order(d.id))[:count]
+
+
+def learnt(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
+    """What a job trained on: all that it was given but what was too long."""
+    left_out = set(result.get("left_out", ()))
+    return [d for i, d in enumerate(spec.train) if i not in left_out]
+
+
+def answered(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
+    """What the candidate answered right of what it was not trained on, the new first."""
+    asked = (*spec.held_out, *spec.earlier)
+    return [d for d, c in zip(asked, result["canaries"], strict=True) if c["answer"] == d.answer]
 
 
 def used(jobs: Sequence[Job], alive: Collection[int]) -> tuple[Evidence, Job | None]:

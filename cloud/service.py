@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from cloud import db
-from cloud.adapt import write_atomically
 from cloud.curator import Curator, CuratorConfig
 from cloud.evidence.ingest import Ingest
 from cloud.evidence.metrics import IngestMetrics
@@ -38,17 +37,22 @@ from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.state import Plan
 from cloud.students.importer import open_imported
+from edge.delta.files import write_atomic
 from edge.link.address import parse_address
-from edge.process import locked, log_to_stderr, metrics_server
+from edge.process import listen_address, locked, log_to_stderr, metrics_server
 from protos.errors import AnabranchError
 from protos.topics import check_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from grpc import aio
+
 log = logging.getLogger("anabranch.cloud")
 
 _TICK_S = 1.0
+_TROUBLE_S = 10.0
+_FINISH_S = 1.0  # for reads in flight when the cloud is told to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ class CloudConfig:
         """Refuse what cannot work before anything is touched."""
         check_name(self.channel, "channel")
         parse_address(self.broker)
+        for address in (self.grpc, self.metrics):
+            listen_address(address)
 
 
 def run(config: CloudConfig) -> None:
@@ -134,6 +140,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         stack.push_async_callback(asyncio.to_thread, ingest.stop)
         service = FleetService(store=releases, driver=driver, registry=registry)
         server, port = await serve(service, listen=config.grpc)
+        stack.push_async_callback(_stop_serving, server, service)
         host = config.grpc.rpartition(":")[0]
         metrics = stack.enter_context(metrics_server(config.metrics, registry))
         note = {
@@ -143,13 +150,16 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             "grpc": f"{host}:{port}",
             "metrics": f"http://{metrics}/metrics",
         }
-        write_atomically(config.state / "cloud.json", json.dumps(note, indent=1))
+        write_atomic(config.state / "cloud.json", json.dumps(note, indent=1).encode() + b"\n")
         stack.callback((config.state / "cloud.json").unlink, missing_ok=True)
         log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
         await _tick_until_stopped(curator, driver)
         log.info("stopping")
-        await server.stop(1)
-        await service.drain()
+
+
+async def _stop_serving(server: aio.Server, service: FleetService) -> None:
+    await server.stop(_FINISH_S)
+    await service.drain()
 
 
 async def _tick_until_stopped(curator: Curator, driver: RolloutDriver) -> None:
@@ -158,10 +168,14 @@ async def _tick_until_stopped(curator: Curator, driver: RolloutDriver) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     while not stopped.is_set():
+        pause = _TROUBLE_S
         try:
             await asyncio.to_thread(driver.tick)
             await asyncio.to_thread(curator.tick)
+            pause = _TICK_S
         except AnabranchError as error:  # a full disk must not end the service: it retries
             log.error("%s", error)  # noqa: TRY400  # the message is for people
+        except Exception:  # evidence and releases must go on when adapting does not
+            log.exception("adapting stumbled; it is tried again in %.0f s", _TROUBLE_S)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopped.wait(), _TICK_S)
+            await asyncio.wait_for(stopped.wait(), pause)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ from cloud.broker import EmbeddedBroker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+# Tiny models compute no faster on many threads, and threads that wait for one another on a machine
+# that is busy with something else stand still. Read when torch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +100,5 @@ def tiny_student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from protos.harness import Harness
 
     out = tmp_path_factory.mktemp("tiny-student") / "student"
-    harness = Harness(system="Be brief.", max_tokens=12)
-    bring_in(tiny_folder, harness, out, lambda *_: None)
+    bring_in(tiny_folder, Harness(system="Be brief.", max_tokens=12), out, lambda *_: None)
     return out

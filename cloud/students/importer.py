@@ -12,7 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from cloud.students import check, export, source
+from cloud.students import check, export
 from edge.student.bundle import digest, sha256_file
 from protos.errors import IntegrityError, InvalidInputError
 
@@ -43,6 +43,8 @@ def bring_in(
     Raises:
         InvalidInputError: the source is not a model of the Llama family, or ``out`` is in use.
     """
+    from cloud.students import source  # noqa: PLC0415  # seconds that who opens a student saves
+
     key = _key(path, harness)
     try:
         return _cached(out, key)

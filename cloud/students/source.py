@@ -104,7 +104,7 @@ def _eos(tokenizer: Tokenizer, declared: int | list[int] | None) -> tuple[int, .
 
 def _load_gguf(path: Path) -> Source:
     try:
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         meta: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, OSError) as error:
         msg = f"{path} is not a readable GGUF file: {error}"
@@ -116,17 +116,39 @@ def _load_gguf(path: Path) -> Source:
         raise InvalidInputError(msg)
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     config = _config(meta, tied="output.weight" not in tensors)
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-    state = _state(tensors, config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [m for m in missing if not (config.tie_word_embeddings and m == "lm_head.weight")]
-    if missing or unexpected:
-        msg = f"{path}: tensors missing {missing[:3]}, unexpected {unexpected[:3]}"
-        raise InvalidInputError(msg)
+    model = _model(config, _state(tensors, config), path)
     tokenizer = _tokenizer(meta)
     eos = _eos(tokenizer, meta.get("tokenizer.ggml.eos_token_id"))
-    torch.nn.Module.eval(model)
     return Source(model, tokenizer, eos, meta.get("general.name", path.stem))
+
+
+class _Reader(gguf.GGUFReader):
+    """Reads tokens three times faster: each slice of a ``memmap`` costs more than an array's."""
+
+    @property  # type: ignore[override]
+    def data(self) -> np.ndarray:
+        return self._array
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._array = np.asarray(mapped)
+
+
+def _model(config: LlamaConfig, state: dict[str, torch.Tensor], path: Path) -> LlamaForCausalLM:
+    """The model with these weights; none is drawn at random first, which takes seconds."""
+    model: LlamaForCausalLM
+    try:
+        model, seen = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+    except RuntimeError as error:  # a shape that the configuration does not give
+        msg = f"{path}: its tensors do not fit together: {error}"
+        raise InvalidInputError(msg) from error
+    if seen["missing_keys"] or seen["unexpected_keys"]:
+        missing, unexpected = sorted(seen["missing_keys"]), sorted(seen["unexpected_keys"])
+        msg = f"{path}: tensors missing {missing[:3]}, unexpected {unexpected[:3]}"
+        raise InvalidInputError(msg)
+    return model
 
 
 def _config(meta: Mapping[str, Any], *, tied: bool) -> LlamaConfig:

@@ -7,7 +7,7 @@ present share memory); a request reuses the prefix it has in common with the one
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -182,10 +182,10 @@ class Student:
         return self._decode(ids, min(decoding.max_tokens, room), decoding)
 
     def _decode(self, ids: list[int], limit: int, decoding: Decoding) -> Iterator[Token]:
-        """Tokens are held back while their text may turn out to begin a stop text."""
+        """Tokens are held back while a character is incomplete, or a stop text may have begun."""
         rng = np.random.default_rng(decoding.seed)
         decoded: list[int] = []
-        shown, held = "", list[Token]()
+        shown, tail, held = "", "", list[Token]()
         logits = self._prefill(ids)
         for step in range(limit):
             token, logprob = choose(logits, decoding.temperature, rng)
@@ -193,7 +193,10 @@ class Student:
                 break
             decoded.append(token)
             text = self.tokenizer.decode(decoded, skip_special_tokens=True)
-            fresh = "" if text.endswith(_REPLACEMENT) else text[len(shown) :]
+            # A last character that is no text yet may become some with the next token.
+            fresh, tail = text[len(shown) :], ""
+            if text.endswith(_REPLACEMENT):
+                fresh, tail = "", fresh
             shown += fresh
             held.append(Token(token, fresh, logprob))
             pending = "".join(t.text for t in held)
@@ -201,11 +204,15 @@ class Student:
             if cut is not None:
                 yield from shorten(held, cut)
                 return
-            if not may_stop(pending, decoding.stop):
+            if not tail and not may_stop(pending, decoding.stop):
                 yield from held
                 held = []
             if step + 1 < limit:
                 logits = self._step(token)
+        if tail:  # no token follows: it is what a decoder makes of the bytes there are
+            held[-1] = replace(held[-1], text=tail)
+            cut = first_stop("".join(t.text for t in held), decoding.stop)
+            held = held if cut is None else list(shorten(held, cut))
         yield from held
 
     def _prefill(self, ids: list[int]) -> Floats:
