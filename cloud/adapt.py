@@ -25,10 +25,10 @@ from cloud.learners import prompts
 from cloud.learners.model import Example, SplitModel
 from cloud.learners.sdft import Lesson, Sdft, SdftConfig, StepReport, Target, keep
 from cloud.students.export import write_back
+from cloud.students.importer import ANSWERS
 from edge.delta.files import write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
-from edge.student.runtime import Student
 from protos.errors import AnabranchError, TrainingError
 from protos.prompt import Message, Shown, chat, render
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("anabranch.adapt")
 
-_ANCHOR_TOKENS = 40
 # Shown twice, a demonstration is copied by the teacher always, shown once in nine cases of ten.
 _TEACHER_SHOWN = 2
 _LONGEST = 1024  # tokens of a demonstration as the teacher sees it; memory grows with the square
@@ -163,7 +162,14 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     candidate = job / "candidate"
     changed = write_back(spec.base, learnt, read_harness(spec.current), candidate)
     verdict = gate.run(
-        gate.GateInput(spec.base, spec.current, candidate, spec.held_out, spec.earlier),
+        gate.GateInput(
+            base=spec.base,
+            current=spec.current,
+            candidate=candidate,
+            new=spec.held_out,
+            earlier=spec.earlier,
+            general=tuple((p, _said(spec)[p]) for p in prompts.GATE),
+        ),
         spec.gate,
         lambda phase, part: progress(phase, 0.82 + 0.18 * part),
     )
@@ -257,6 +263,12 @@ def _encoder(bundle: Path, system: str | None = None) -> Encoder:
     )
 
 
+def _said(spec: Spec) -> dict[str, str]:
+    """What the imported model answers to general prompts, by prompt."""
+    answers: dict[str, str] = json.loads((spec.masters / ANSWERS).read_text())
+    return answers
+
+
 def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Example, Target]]:
     """What the base says by itself, with its distributions; needs no data set.
 
@@ -265,17 +277,9 @@ def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Ex
     """
     if not spec.learner.anchor_batch:
         return []
-    base = Student.open(spec.base, threads=spec.threads)
-    chats = [chat(prompts.SYSTEM, [Message("user", p)]) for p in prompts.ANCHOR]
-    answers = base.answer_all(chats, _ANCHOR_TOKENS)
-    base.close()
     progress("score the anchors", 0.05)
-    encoder = _encoder(spec.base, prompts.SYSTEM)
-    examples = [
-        encoder.example([Message("user", p)], a.text)
-        for p, a in zip(prompts.ANCHOR, answers, strict=True)
-        if a.text
-    ]
+    encoder, said = _encoder(spec.base, prompts.SYSTEM), _said(spec)
+    examples = [encoder.example([Message("user", p)], said[p]) for p in prompts.ANCHOR if said[p]]
     encoder = _encoder(spec.current)
     for request, answer in prompts.SHOWN:
         shown = Shown((Message("user", request),), answer)

@@ -267,7 +267,8 @@ class Curator:
         busy = f"rollout of release {rollout.version}" if rollout.phase in unfinished else ""
         last = jobs[-1] if jobs else None
         failed = 0
-        if last is not None and last.result is not None and not last.result["passed"]:
+        if last is not None and last.version not in self._alive():
+            # Its gate refused it, or people did: the same evidence would lead to the same again.
             failed = len(last.evidence.learn) + len(last.evidence.held_out)
         return Situation(len(devices), len(drifted), fresh, busy, failed)
 

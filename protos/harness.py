@@ -24,14 +24,17 @@ class Harness:
     ``schema`` is a JSON schema (draft 2020-12) that a right answer satisfies, or None where answers
     are free text. ``max_tokens`` bounds an answer. ``memory_shown`` is how many demonstrations of
     the working memory a prompt may show, ``memory_similarity`` (0..1) how near to the request they
-    must be.
+    must be: near, because a student that knows its skill is misled by what is merely similar. After
+    a drift alarm, when the weights no longer fit, ``memory_similarity_drifted`` holds until the
+    next student serves: then even the form of a similar answer helps.
     """
 
     system: str = "You are a helpful assistant."
     schema: dict[str, Any] | None = None
     max_tokens: int = 96
     memory_shown: int = 3
-    memory_similarity: float = 0.5
+    memory_similarity: float = 0.85
+    memory_similarity_drifted: float = 0.5
     version: int = field(default=VERSION, kw_only=True)
 
     def to_json(self) -> bytes:
@@ -70,10 +73,14 @@ class Harness:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 msg = f"harness.json: {name} is {value!r}; it must be a whole number from {least}"
                 raise InvalidInputError(msg)
-        share = self.memory_similarity
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            msg = f"harness.json: memory_similarity is {share!r}; it must be from 0 to 1"
-            raise InvalidInputError(msg)
+        shares = {
+            "memory_similarity": self.memory_similarity,
+            "memory_similarity_drifted": self.memory_similarity_drifted,
+        }
+        for name, share in shares.items():
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                msg = f"harness.json: {name} is {share!r}; it must be from 0 to 1"
+                raise InvalidInputError(msg)
         if not isinstance(self.system, str):
             msg = f"harness.json: system is {self.system!r}; it must be text"
             raise InvalidInputError(msg)

@@ -57,8 +57,8 @@ def sample(
         ValueError: no such skill, no homes, or fewer than `count` sentences can be found.
 
     >>> from cloud.demo.homes import HOME_A
-    >>> sorted(command.intent for command in sample("lights", HOME_A, 3, random.Random(1)))
-    ['HassLightSet', 'HassTurnOff', 'HassTurnOn']
+    >>> sorted(command.intent for command in sample("lights", HOME_A, 2, random.Random(1)))
+    ['HassTurnOff', 'HassTurnOn']
     """
     blocks = blocks_of(skill)
     homes = (homes,) if isinstance(homes, Home) else tuple(homes)

@@ -24,23 +24,24 @@ class Skill:
     """A named part of the grammar: intents, limited to things of some domains.
 
     `spoken` replaces grammar rules by what people use of them, for sampling only; a word that
-    is repeated in it is that much more frequent. `without` names lists: templates with one of them
-    are not sampled.
+    is repeated in it is that much more frequent.
     """
 
     intents: tuple[str, ...]
     domains: frozenset[str] = frozenset()
     spoken: Mapping[str, str] = field(default_factory=dict)
-    without: frozenset[str] = frozenset()
 
 
 SKILLS: Mapping[str, Skill] = MappingProxyType(
     {
         "lights": Skill(
-            ("HassTurnOn", "HassTurnOff", "HassLightSet"),
+            ("HassTurnOn", "HassTurnOff"),
             frozenset({"light", "switch"}),
+        ),
+        "dimming": Skill(
+            ("HassLightSet",),
+            frozenset({"light"}),
             {"numeric_value_set": "(set|set|change|turn)"},
-            frozenset({"color", "color_temperature", "color_temperature_names"}),
         ),
         "media": Skill(
             (
@@ -251,20 +252,14 @@ def blocks_of(skill: str) -> dict[str, list[Block]]:
                 for _ in range(1 if _SELDOM.search(text) else 3)
                 if not _SKIPPED.search(text)
             ]
-            rules = {**grammar.expansion_rules, **parsed, **data.expansion_rules}
-            templates = tuple(
-                template
-                for template in map(hassil.parse_sentence, map(_edited, texts))
-                if not chosen.without.intersection(template.list_names(rules))
-            )
-            if templates and (domains or not data.domains):
+            if texts and (domains or not data.domains):
                 block = Block(
                     intent=intent,
                     slots=data.slots,
                     domains=frozenset(domains or chosen.domains),
-                    rules=rules,
+                    rules={**grammar.expansion_rules, **parsed, **data.expansion_rules},
                     lists={**grammar.slot_lists, **data.slot_lists},
-                    templates=templates,
+                    templates=tuple(hassil.parse_sentence(_edited(text)) for text in texts),
                 )
                 blocks.setdefault(intent, []).append(block)
     return blocks

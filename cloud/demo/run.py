@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SYSTEM = "You control a smart home. Answer with one JSON tool call."
-DEMONSTRATIONS = 180
+DEMONSTRATIONS = 140
 _INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
 
 
@@ -56,7 +56,7 @@ class DemoOptions:
 def harness() -> Harness:
     """What the town's students are told, and how their answers must look."""
     schema: dict[str, Any] = skill_schema([SKILL_A, SKILL_B])
-    return Harness(system=SYSTEM, schema=schema, max_tokens=64, memory_shown=3)
+    return Harness(system=SYSTEM, schema=schema, max_tokens=40, memory_shown=3)
 
 
 def run(options: DemoOptions) -> int:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 SKILL_A, SKILL_B = "lights", "media"
 TESTS = 34  # unseen commands of each skill in each home: 102 in all
-_LEARN, _STEADY, _SHIFT, _AFTER = 120, 40, 120, 30  # commands a home at most
+_LEARN, _STEADY, _SHIFT, _AFTER = 90, 30, 120, 20  # commands a home at most
 _LULL_S = 1.0  # between the commands of a home while an update is on its way
 _KEPT = 6  # after the shift one command in so many is still of the old skill
-_CHUNK = 17
+_CHUNK = 16
 _LEARN_S = 1200
 
 Said = tuple[str, "Command"]

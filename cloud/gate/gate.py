@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cloud.learners.prompts import GATE, SYSTEM
+from cloud.learners.prompts import SYSTEM
 from edge.student.runtime import Student
 from protos.prompt import Message, Shown, chat, render
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
-
-_GENERAL_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -117,21 +115,21 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def base_kl(
-    base: Student, candidate: Student, progress: Callable[[int], None] = lambda _: None
+    base: Student,
+    candidate: Student,
+    general: Sequence[tuple[str, str]],
+    progress: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Mean KL(base || candidate) a token, in nats, on the base's own answers to general prompts."""
-    chats = [chat(SYSTEM, [Message("user", prompt)]) for prompt in GATE]
-    answers = base.answer_all(chats, _GENERAL_TOKENS)
+    """Mean KL(base || candidate) a token, in nats, along the base's answers to general prompts."""
     means = []
-    for done, (messages, answer) in enumerate(zip(chats, answers, strict=True), 1):
-        prompt = base.encode(messages)
-        ids = base.tokenizer.encode(render(messages) + answer.text, add_special_tokens=False).ids[
-            :-1
-        ]
-        if len(ids) < len(prompt):  # an empty answer says nothing
+    for done, (prompt, answer) in enumerate(general, 1):
+        messages = chat(SYSTEM, [Message("user", prompt)])
+        first = len(base.encode(messages)) - 1
+        ids = base.tokenizer.encode(render(messages) + answer, add_special_tokens=False).ids[:-1]
+        if len(ids) <= first:  # an empty answer says nothing
             continue
-        ours = log_softmax(base.logits(ids, len(prompt) - 1))
-        theirs = log_softmax(candidate.logits(ids, len(prompt) - 1))
+        ours = log_softmax(base.logits(ids, first))
+        theirs = log_softmax(candidate.logits(ids, first))
         means.append(float((np.exp(ours) * (ours - theirs)).sum(axis=1).mean()))
         progress(done)
     return float(np.mean(means)) if means else 0.0
@@ -139,13 +137,17 @@ def base_kl(
 
 @dataclass(frozen=True)
 class GateInput:
-    """The three bundles and the demonstrations nobody trained on."""
+    """The three bundles, the demonstrations nobody trained on, and ``general``: the base's answers.
+
+    ``general`` holds (prompt, answer); no training may have seen the prompts.
+    """
 
     base: Path
     current: Path
     candidate: Path
     new: tuple[Shown, ...]
     earlier: tuple[Shown, ...]
+    general: tuple[tuple[str, str], ...]
 
 
 def run(
@@ -165,7 +167,10 @@ def run(
     after = score(candidate, given.new, given.earlier)
     base = Student.open(given.base, threads=config.threads)
     kl = base_kl(
-        base, candidate, lambda n: progress("gate: general prompts", 0.6 + 0.4 * n / len(GATE))
+        base,
+        candidate,
+        given.general,
+        lambda n: progress("gate: general prompts", 0.6 + 0.4 * n / len(given.general)),
     )
     base.close()
     candidate.close()

@@ -41,7 +41,7 @@ class SdftConfig:
 
     steps: int = 50
     batch: int = 8
-    learning_rate: float = 2e-4
+    learning_rate: float = 1.5e-4
     warmup: int = 5
     guidance: float = 0.1
     anchor_weight: float = 1.0

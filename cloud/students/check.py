@@ -1,8 +1,9 @@
 """Does the exported file say what the torch model says?
 
-Torch answers fifty prompts greedily; the file is led along the same tokens (teacher forcing), and
-at every token its own choice and its distribution are compared. Letting each decode freely would
-compare little but the place of their first difference.
+The file answers fifty general prompts greedily; torch is led along the same tokens (teacher
+forcing), and at every token its own choice and its distribution are compared. Letting each decode
+freely would compare little but the place of their first difference. The answers are kept: they are
+what anchors and the gate hold a student to.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ import torch
 from cloud.gate.gate import log_softmax
 from cloud.learners.prompts import ANCHOR, GATE, SYSTEM
 from edge.student.runtime import Student
-from protos.prompt import Message, chat
+from protos.prompt import Message, chat, render
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from cloud.students.source import Source
 
 PROMPTS = ANCHOR + GATE
-_TOKENS = 24
-_BATCH = 10
+_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -39,51 +39,45 @@ class Agreement:
     mean_kl: float
 
 
+def answers(bundle: Path) -> dict[str, str]:
+    """The student's own greedy answers to :data:`PROMPTS`.
+
+    Raises:
+        IntegrityError: the bundle cannot be opened.
+    """
+    student = Student.open(bundle)
+    chats = [chat(SYSTEM, [Message("user", p)]) for p in PROMPTS]
+    said = student.answer_all(chats, _TOKENS)
+    student.close()
+    return {p: a.text for p, a in zip(PROMPTS, said, strict=True)}
+
+
 @torch.no_grad()
-def compare(source: Source, bundle: Path, progress: Callable[[float], None]) -> Agreement:
-    """Compare a torch model with its bundle on fifty prompts.
+def compare(
+    source: Source, bundle: Path, said: Mapping[str, str], progress: Callable[[float], None]
+) -> Agreement:
+    """Compare a torch model with its bundle along the bundle's answers.
+
+    Args:
+        source: the torch model.
+        bundle: the exported file.
+        said: its :func:`answers`.
+        progress: is told the part done, 0..1.
 
     Raises:
         IntegrityError: the bundle cannot be opened.
     """
     student = Student.open(bundle)
     equal, kls = 0, []
-    for start in range(0, len(PROMPTS), _BATCH):
-        prompts = [
-            student.encode(chat(SYSTEM, [Message("user", p)]))
-            for p in PROMPTS[start : start + _BATCH]
-        ]
-        for prompt, answer in zip(prompts, _greedy(source, prompts), strict=True):
-            ids = prompt + answer
-            first = len(prompt) - 1
-            reference = source.model(torch.tensor([ids[:-1]])).logits[0, first:].numpy()
-            ours = log_softmax(reference)
-            theirs = log_softmax(student.logits(ids[:-1], first))
-            equal += int((theirs.argmax(axis=1) == ours.argmax(axis=1)).sum())
-            kls += (np.exp(ours) * (ours - theirs)).sum(axis=1).tolist()
-        progress((start + len(prompts)) / len(PROMPTS))
+    for done, (prompt, answer) in enumerate(said.items(), 1):
+        messages = chat(SYSTEM, [Message("user", prompt)])
+        first = len(student.encode(messages)) - 1
+        ids = student.tokenizer.encode(render(messages) + answer, add_special_tokens=False).ids
+        reference = source.model(torch.tensor([ids])).logits[0, first:].numpy()
+        ours = log_softmax(reference)
+        theirs = log_softmax(student.logits(ids, first))
+        equal += int((theirs.argmax(axis=1) == ours.argmax(axis=1)).sum())
+        kls += (np.exp(ours) * (ours - theirs)).sum(axis=1).tolist()
+        progress(done / len(said))
     student.close()
-    return Agreement(len(PROMPTS), len(kls), equal / len(kls), float(np.mean(kls)))
-
-
-def _greedy(source: Source, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy answers of the torch model, the end-of-answer token included."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left, as generation needs it
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    out = source.model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=_TOKENS,
-        do_sample=False,
-        eos_token_id=list(source.eos),
-        pad_token_id=source.eos[0],
-    )
-    answers = []
-    for row in out[:, longest:].tolist():
-        end = next((i + 1 for i, t in enumerate(row) if t in source.eos), len(row))
-        answers.append(row[:end])
-    return answers
+    return Agreement(len(said), len(kls), equal / len(kls), float(np.mean(kls)))

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from protos.harness import Harness
 
-VERSION = 1
+VERSION = 2
+ANSWERS = "answers.json"
+"""In the masters' folder: what the imported student itself says to general prompts."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,18 @@ def bring_in(
     work.mkdir(parents=True)
     progress("quantize and export", 0.35)
     export.export(brought, harness, work / "bundle")
-    progress("check against torch", 0.45)
+    progress("answer general prompts", 0.45)
+    said = check.answers(work / "bundle")
+    progress("check against torch", 0.65)
     agreement = check.compare(
-        brought, work / "bundle", lambda part: progress("check against torch", 0.45 + 0.45 * part)
+        brought,
+        work / "bundle",
+        said,
+        lambda part: progress("check against torch", 0.65 + 0.25 * part),
     )
     progress("keep fp32 masters", 0.9)
     brought.model.save_pretrained(work / "masters")
+    (work / "masters" / ANSWERS).write_text(json.dumps(said, indent=1) + "\n")
     note = {"version": VERSION, "key": key, "name": brought.name, "check": asdict(agreement)}
     note["digest"] = digest(work / "bundle")
     (work / "import.json").write_text(json.dumps(note, indent=1) + "\n")

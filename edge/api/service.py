@@ -242,7 +242,11 @@ class Assistant(Generic[StudentT]):
         shown = self._memory.nearest(
             request.messages,
             limit=harness.memory_shown,
-            min_similarity=harness.memory_similarity,
+            min_similarity=(
+                harness.memory_similarity_drifted
+                if self._drift.drifted
+                else harness.memory_similarity
+            ),
         )
         messages, size = fit(student, request.messages, shown, room=wanted)
         decoding = Decoding(

@@ -103,11 +103,17 @@ class DriftMonitor:
     def swapped(self) -> None:
         """Another student serves: nothing that was known of the old one holds."""
         self.answers = 0
+        self._drifted = False
         self._open: settle.Open = ()
         self._fired: dict[str, tuple[int, bool]] = {}
         self._quiet_until: int | None = None
         for detector in self._detectors.values():
             detector.restart()
+
+    @property
+    def drifted(self) -> bool:
+        """Whether an alarm was raised since this student serves."""
+        return self._drifted
 
     def asked(self) -> Alarm | None:
         """A request arrived: the answers before it are settled."""
@@ -170,5 +176,6 @@ class DriftMonitor:
         if kind is None:
             return None
         self.alarms[kind] += 1
+        self._drifted = True
         self._quiet_until = self.answers + self._config.cool_down
         return Alarm(kind=kind, signals=self.states(), answered=self.answers)

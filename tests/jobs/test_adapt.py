@@ -1,0 +1,156 @@
+"""The job's process on the tiny student: its spec, its result, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud import adapt
+from cloud.adapt import Spec
+from cloud.gate.gate import GateConfig
+from cloud.learners.sdft import SdftConfig
+from edge.process import PARENT
+from edge.student.bundle import digest
+from edge.student.runtime import Decoding, Student
+from protos.errors import TrainingError
+from protos.prompt import Message, Shown, chat
+
+if TYPE_CHECKING:
+    from tests.jobs.jobs_evidence import shown, spec
+else:
+    from jobs_evidence import shown, spec
+
+pytestmark = pytest.mark.timeout(900)
+LAX = GateConfig(new_share=0.0, new_gain=-1.0, earlier_loss=1.0, base_kl=1e9, threads=1)
+texts = st.text().filter(lambda t: "<|im" not in t)
+shown_ones = st.builds(
+    Shown,
+    st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), texts)).map(tuple),
+    texts,
+)
+
+
+@given(
+    st.lists(shown_ones).map(tuple),
+    st.none() | st.just(Path("/learnt.safetensors")),
+    st.builds(SdftConfig, steps=st.integers(1, 9), learning_rate=st.floats(1e-9, 1)),
+)
+def test_a_spec_survives_its_file(
+    given_: tuple[Shown, ...], learnt: Path | None, learner: SdftConfig
+) -> None:
+    whole = spec(train=given_, replay=given_, earlier=given_, learnt=learnt, learner=learner)
+    assert Spec.from_json(whole.to_json()) == whole
+
+
+def real(student: Path, job: Path, **fields: Any) -> Spec:  # noqa: ANN401
+    """A spec that can be run, written to its folder."""
+    job.mkdir()
+    bundle = student / "bundle"
+    made = replace(
+        spec(masters=student / "masters", base=bundle, current=bundle, gate=LAX), **fields
+    )
+    (job / "spec.json").write_text(made.to_json())
+    return made
+
+
+def test_a_job_makes_a_student_and_says_what_it_answers(tiny_student: Path, tmp_path: Path) -> None:
+    job = tmp_path / "0001"
+    made = real(tiny_student, job, replay=(shown("before"),), earlier=(shown("known"),))
+    result = adapt.run(job)
+    assert json.loads((job / "result.json").read_text()) == result
+    assert result["passed"]
+    assert [c["name"] for c in result["checks"]] == ["new", "earlier", "base_kl"]
+    assert result["student"] == digest(job / "candidate") != digest(made.base)
+    assert result["changed_codes"] > 0
+    assert (job / "learnt.safetensors").exists()
+    progress = json.loads((job / "progress.json").read_text())
+    assert (progress["phase"], progress["fraction"]) == ("done", 1.0)
+    candidate = Student.open(job / "candidate", threads=1)
+    for canary, asked in zip(result["canaries"], (*made.held_out, *made.earlier), strict=True):
+        prompt = chat(candidate.harness.system, asked.messages)
+        alone = candidate.answer(prompt, Decoding(max_tokens=candidate.harness.max_tokens))
+        assert canary["answer"] == alone.text
+    candidate.close()
+
+
+def test_the_same_spec_gives_the_same_student(tiny_student: Path, tmp_path: Path) -> None:
+    real(tiny_student, tmp_path / "a")
+    real(tiny_student, tmp_path / "b")
+    one, two = (adapt.run(tmp_path / name) for name in "ab")
+    assert one["student"] == two["student"]
+
+
+def test_learning_goes_on_from_what_was_learnt_before(tiny_student: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    real(tiny_student, first)
+    adapt.run(first)
+    second = tmp_path / "second"
+    real(tiny_student, second, learnt=first / "learnt.safetensors", current=first / "candidate")
+    fresh = tmp_path / "fresh"
+    real(tiny_student, fresh)
+    changed = {job.name: adapt.run(job)["changed_codes"] for job in (second, fresh)}
+    assert changed["second"] > changed["fresh"]
+
+
+def test_a_demonstration_too_long_to_learn_does_not_stop_the_others(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    job, endless = tmp_path / "0001", shown("on and on " * 400)
+    train, held = (shown("a"), endless, shown("b")), (endless, shown("c"))
+    real(tiny_student, job, train=train, held_out=held)
+    result = adapt.run(job)
+    assert result["left_out"] == [1]
+    assert [bool(c["answer"]) for c in result["canaries"]] == [False, True]
+
+
+def test_nothing_to_learn_is_said(tiny_student: Path, tmp_path: Path) -> None:
+    real(tiny_student, tmp_path / "0001", train=())
+    with pytest.raises(TrainingError, match="0 demonstrations to learn, 2 held out: need both"):
+        adapt.run(tmp_path / "0001")
+
+
+def start(job: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cloud.adapt", str(job)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_job_that_fails_says_why_in_its_result(tiny_student: Path, tmp_path: Path) -> None:
+    job = tmp_path / "0001"
+    real(tiny_student, job, train=())
+    ended = start(job)
+    assert ended.returncode == 1
+    result = json.loads((job / "result.json").read_text())
+    assert not result["passed"]
+    assert result["error"].startswith("0 demonstrations to learn")
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_fault_that_nobody_foresaw_is_a_result_too(tiny_student: Path, tmp_path: Path) -> None:
+    job = tmp_path / "0001"
+    real(tiny_student, job, masters=tmp_path / "nowhere")
+    ended = start(job)
+    assert ended.returncode == 1
+    result = json.loads((job / "result.json").read_text())
+    assert "log.txt" in result["error"]
+    assert "Traceback" in ended.stderr
+
+
+def test_a_job_whose_cloud_is_gone_does_not_begin(tiny_student: Path, tmp_path: Path) -> None:
+    job = tmp_path / "0001"
+    real(tiny_student, job)
+    assert start(job, **{PARENT: "1"}).returncode == 1
+    assert not (job / "result.json").exists()

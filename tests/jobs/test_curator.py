@@ -1,0 +1,341 @@
+"""The curator's decisions on a real store; the jobs' results are written by the tests."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cloud.curator import Curator, CuratorConfig
+from cloud.db import open_database
+from cloud.evidence.store import EvidenceStore
+from cloud.jobs import Job, Jobs
+from cloud.policy import PolicyConfig
+from cloud.releases.keys import open_keys
+from cloud.releases.store import ReleaseStore
+from cloud.rollout.driver import RolloutDriver
+from cloud.rollout.state import Phase
+from edge.student.bundle import digest
+from protos.errors import InvalidInputError, StorageError
+from protos.v1 import device_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from cloud.releases.store import Release
+    from tests.jobs.jobs_evidence import (
+        CONFIRMATION,
+        demonstration,
+        demonstrations,
+        drift,
+        finish,
+        write_bundle,
+    )
+else:
+    from jobs_evidence import (
+        CONFIRMATION,
+        demonstration,
+        demonstrations,
+        drift,
+        finish,
+        write_bundle,
+    )
+
+
+class StillJobs(Jobs):
+    """Jobs whose processes do nothing: they are started, and end when the test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.started: list[str] = []
+        self.busy = False
+
+    def start(self, job: Job) -> None:
+        self.started.append(job.name)
+        self.busy = True
+
+    def running(self) -> bool:
+        return self.busy
+
+    def end(self) -> Job:
+        self.busy = False
+        return self.all()[-1]
+
+
+class Cloud:
+    """All of a cloud but its processes and servers. ``restart`` is what a crash leaves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.student = write_bundle(folder / "student" / "bundle")
+        self.engine = open_database(folder / "cloud.sqlite")
+        self.now = 1_700_000_000.0
+        self.restart()
+
+    def restart(self, **config: Any) -> None:  # noqa: ANN401
+        self.registry = CollectorRegistry()
+        clock = lambda: self.now  # noqa: E731
+        self.evidence = EvidenceStore(self.engine, clock=clock)
+        self.releases = ReleaseStore(
+            folder=self.folder,
+            engine=self.engine,
+            signer=open_keys(self.folder / "keys"),
+            clock=clock,
+            registry=self.registry,
+        )
+        self.driver = RolloutDriver(engine=self.engine, clock=clock, registry=self.registry)
+        self.jobs = StillJobs(self.folder / "jobs")
+        self.curator = Curator(
+            channel="home",
+            bundle=self.student,
+            masters=self.folder / "student" / "masters",
+            evidence=self.evidence,
+            releases=self.releases,
+            driver=self.driver,
+            jobs=self.jobs,
+            config=CuratorConfig(policy=PolicyConfig(demonstrations=20), **config),
+            registry=self.registry,
+        )
+        self.curator.begin()
+
+    def latest(self) -> Release:
+        found = self.releases.latest("home")
+        assert found is not None
+        return found
+
+    def deliver(self) -> None:
+        """Every device runs the latest release: its rollout is done."""
+        release = self.latest()
+        for name in ("lamp-1", "lamp-2"):
+            birth = device_pb2.Birth(
+                channel="home", device=name, session=1, student=release.student
+            )
+            self.evidence.birth(birth)
+            self.driver.connected("home", name, student=release.student, release=release.version)
+        self.driver.tick()
+        assert self.driver.state("home").phase is Phase.DONE
+
+    def hear(self, given: Sequence[device_pb2.Demonstration], *, alarm: bool = True) -> None:
+        """Evidence about the student in service."""
+        student = self.latest().student
+        for d in given:
+            d.student = student
+        self.evidence.add(given)
+        if alarm:
+            self.evidence.add_drift([drift(student=student)])
+
+    def adapt(self, given: Sequence[device_pb2.Demonstration]) -> Job:
+        """Devices drift, and a job runs."""
+        self.hear(given)
+        self.curator.tick()
+        assert self.jobs.busy
+        return self.jobs.end()
+
+    def learn(self, job: Job, *, changed: int = 1, right: bool = True) -> None:
+        """The job's process writes a candidate, and that its gate passed."""
+        write_bundle(job.candidate, changed=changed)
+        finish(job, digest(job.candidate), "right" if right else "wrong")
+
+    def counted(self, result: str) -> float | None:
+        labels = {"channel": "home", "result": result}
+        return self.registry.get_sample_value("anabranch_adaptations_total", labels)
+
+    def versions(self) -> list[int]:
+        return [v for v in range(1, 10) if self.releases.find("home", v) is not None]
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    made = Cloud(tmp_path)
+    made.deliver()
+    yield made
+    made.engine.dispose()
+
+
+def test_the_imported_student_is_the_first_release_and_only_once(cloud: Cloud) -> None:
+    assert cloud.latest().student == digest(cloud.student)
+    cloud.restart()
+    assert cloud.versions() == [1]
+    assert cloud.driver.state("home").version == 1
+
+
+def test_another_student_on_the_same_state_is_refused(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.student = write_bundle(tmp_path / "other" / "bundle", changed=5)
+    with pytest.raises(InvalidInputError, match="began with student"):
+        cloud.restart()
+
+
+def test_nothing_begins_without_drift_or_with_too_little_to_learn(cloud: Cloud) -> None:
+    cloud.hear(demonstrations(30), alarm=False)
+    cloud.curator.tick()
+    assert cloud.jobs.all() == []
+    assert (
+        cloud.registry.get_sample_value("anabranch_demonstrations_unlearned", {"channel": "home"})
+        == 30
+    )
+
+
+def test_a_job_gets_its_evidence_and_passes_into_a_release(cloud: Cloud) -> None:
+    given = demonstrations(24)
+    job = cloud.adapt(given)
+    assert len(job.evidence.learn) == 16
+    assert {*job.evidence.learn, *job.evidence.held_out} == {d.id for d in given}
+    cloud.learn(job)
+    cloud.curator.tick()
+    release = cloud.latest()
+    assert release.version == job.version == 2
+    assert release.student == digest(job.candidate)
+    assert set(release.manifest.learned_from) == {d.id for d in given}
+    assert len(release.manifest.canaries) == 6
+    assert {c.answer for c in release.manifest.canaries} == {"right"}
+    assert [c.name for c in release.manifest.gate] == ["new"]
+    assert cloud.driver.state("home").version == 2
+    assert cloud.counted("released") == 1
+    cloud.deliver()
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 1  # all is learnt
+
+
+def test_what_was_held_out_and_answered_wrong_stays_in_working_memory(cloud: Cloud) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.learn(job, right=False)
+    cloud.curator.tick()
+    assert set(cloud.latest().manifest.learned_from) == set(job.evidence.learn)
+    assert not cloud.latest().manifest.canaries
+
+
+def test_what_others_said_alike_is_learnt_as_well(cloud: Cloud) -> None:
+    given = demonstrations(24)
+    twin = demonstration(given[0].messages[0].content, "right", device="lamp-2", created_ms=5)
+    confirmed = demonstration(given[1].messages[0].content, "right", source=CONFIRMATION)
+    contrary = demonstration(given[2].messages[0].content, "wrong", created_ms=6)
+    job = cloud.adapt([twin, contrary, *given, confirmed])
+    cloud.learn(job)
+    late = demonstration(given[3].messages[0].content, "right", device="lamp-2")
+    cloud.hear([late])  # made while the job ran
+    cloud.curator.tick()
+    learned = set(cloud.latest().manifest.learned_from)
+    assert learned == {d.id for d in [*given, twin, confirmed, late]}
+    cloud.deliver()
+    cloud.curator.tick()
+    assert (
+        cloud.registry.get_sample_value("anabranch_demonstrations_unlearned", {"channel": "home"})
+        == 0
+    )
+
+
+@pytest.mark.parametrize("rolled_out", [False, True])
+def test_a_crash_before_published_json_makes_no_second_release(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, *, rolled_out: bool
+) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.learn(job)
+
+    def crash(*_: object, **__: object) -> None:
+        message = "killed"
+        raise StorageError(message)
+
+    with monkeypatch.context() as killed:
+        if rolled_out:
+            killed.setattr(Job, "published", crash)
+        else:
+            killed.setattr(RolloutDriver, "begin", crash)
+        with pytest.raises(StorageError):
+            cloud.curator.tick()
+    assert cloud.versions() == [1, 2]
+    assert job.version is None
+    cloud.restart()
+    cloud.curator.tick()
+    cloud.curator.tick()
+    assert cloud.versions() == [1, 2]
+    assert job.version == 2
+    assert cloud.driver.state("home").version == 2
+
+
+def test_a_student_that_came_out_as_before_is_a_release_of_its_own(cloud: Cloud) -> None:
+    first = cloud.adapt(demonstrations(24))
+    cloud.learn(first)
+    cloud.curator.tick()
+    cloud.deliver()
+    second = cloud.adapt(demonstrations(24))
+    cloud.learn(second)
+    cloud.curator.tick()
+    assert cloud.versions() == [1, 2, 3]
+    assert set(second.evidence.learn) <= set(cloud.latest().manifest.learned_from)
+    assert set(first.evidence.learn) <= set(cloud.latest().manifest.learned_from)
+
+
+def test_the_next_job_goes_on_from_the_last_and_asks_what_was_held_out(cloud: Cloud) -> None:
+    first = cloud.adapt(demonstrations(24))
+    cloud.learn(first)
+    cloud.curator.tick()
+    cloud.deliver()
+    second = cloud.adapt(demonstrations(24))
+    text = (second.folder / "spec.json").read_text()
+    assert str(first.learnt) in text
+    assert set(second.evidence.learn).isdisjoint(first.evidence.learn)
+    from cloud.adapt import Spec
+
+    spec = Spec.from_json(text)
+    assert len(spec.earlier) == 8
+    assert len(spec.replay) == 16
+    assert spec.current.name == cloud.latest().student
+
+
+def test_a_gate_that_refuses_is_shown_and_waits_for_more_evidence(cloud: Cloud) -> None:
+    job = cloud.adapt(demonstrations(24))
+    finish(job, "aa" * 32, "wrong", passed=False)
+    for _ in range(3):
+        cloud.curator.tick()
+    assert cloud.versions() == [1]
+    assert cloud.counted("refused") == 1
+    assert len(cloud.jobs.all()) == 1
+    cloud.hear(demonstrations(11))
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 1  # 35 of 36
+    cloud.hear(demonstrations(1))
+    cloud.curator.tick()
+    assert cloud.jobs.all()[-1].name == "0002"
+
+
+def test_a_job_without_a_result_runs_again_after_a_restart(cloud: Cloud) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.restart()
+    cloud.curator.tick()
+    assert cloud.jobs.started == [job.name]
+    assert len(cloud.jobs.all()) == 1
+
+
+def test_a_job_that_always_crashes_is_given_up(cloud: Cloud) -> None:
+    cloud.adapt(demonstrations(24))
+    for _ in range(6):
+        cloud.jobs.busy = False
+        cloud.curator.tick()
+    assert cloud.jobs.started == ["0001"] * 3
+    result = cloud.jobs.all()[-1].result
+    assert result is not None
+    assert "3 times" in result["error"]
+    assert cloud.counted("failed") == 1
+
+
+def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Cloud) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.learn(job)
+    cloud.curator.tick()
+    cloud.driver.tick()
+    cloud.driver.abort("home", "people complain")
+    cloud.curator.tick()
+    latest = cloud.latest()
+    assert (latest.version, latest.student) == (3, digest(cloud.student))
+    withdrawn = cloud.releases.find("home", 2)
+    assert withdrawn is not None
+    assert withdrawn.withdrawn
+    assert not latest.manifest.learned_from
+    cloud.curator.tick()
+    assert cloud.driver.state("home").phase is Phase.DONE
+    assert len(cloud.jobs.all()) == 1  # the devices are drifted as before
+    cloud.hear(demonstrations(12))
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()[-1].evidence.learn) == 28

@@ -1,0 +1,152 @@
+"""Which demonstrations a job gets, and what of it counts later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud import jobs
+from cloud.jobs import Evidence, Jobs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.jobs.jobs_evidence import (
+        CONFIRMATION,
+        FIRST_MS,
+        demonstration,
+        demonstrations,
+        drift,
+        shown,
+        spec,
+    )
+else:
+    from jobs_evidence import (
+        CONFIRMATION,
+        FIRST_MS,
+        demonstration,
+        demonstrations,
+        drift,
+        shown,
+        spec,
+    )
+
+
+@given(st.integers(9, 400))
+def test_every_demonstration_is_learnt_or_held_out_whatever_their_order(number: int) -> None:
+    given_ = demonstrations(number)
+    learn, held = jobs.split(given_)
+    assert {d.id for d in learn} | {d.id for d in held} == {d.id for d in given_}
+    assert len(learn) + len(held) == number
+    assert learn
+    assert 8 <= len(held) <= 40
+    again = jobs.split(given_[::-1])
+    assert ([d.id for d in learn], [d.id for d in held]) == tuple(
+        [d.id for d in part] for part in again
+    )
+
+
+def test_a_sample_is_the_same_whatever_the_order_and_bounded() -> None:
+    given_ = demonstrations(30)
+    sampled = jobs.sample(given_, 7)
+    assert len(sampled) == 7
+    assert jobs.sample(given_[::-1], 7) == sampled
+
+
+def test_of_one_request_the_newest_answer_counts() -> None:
+    old, other, new = (demonstration(r, a) for r, a in (("x", "1"), ("y", "1"), ("x", "2")))
+    assert jobs.newest_each([old, other, new]) == [new, other]
+
+
+def test_a_correction_that_is_confirmed_later_is_still_a_correction() -> None:
+    """Working memory answers right after the first correction, and people say so."""
+    corrected = demonstration("x", "right")
+    confirmed = demonstration("x", "right", source=CONFIRMATION)
+    assert jobs.newest_each([corrected, confirmed]) == [corrected]
+    other = demonstration("x", "another", source=CONFIRMATION)
+    assert jobs.newest_each([corrected, other]) == [other]
+
+
+def test_what_is_older_than_a_learnt_answer_does_not_come_back() -> None:
+    stale, learnt, later = (demonstration("x", a) for a in ("old", "new", "newest"))
+    assert jobs.newest_each([stale, learnt], {learnt.id}) == []
+    assert jobs.newest_each([stale, learnt, later], {learnt.id}) == [later]
+
+
+def test_confirmations_count_after_an_alarm_of_their_device_and_student() -> None:
+    corrected = demonstrations(2)
+    after = demonstrations(1, source=CONFIRMATION)
+    before = demonstrations(1, source=CONFIRMATION, created_ms=FIRST_MS - 1)
+    elsewhere = demonstrations(1, source=CONFIRMATION, device="lamp-2")
+    alarms = jobs.alarms([drift(), drift(created_ms=FIRST_MS + 10**9)])
+    assert alarms == {("lamp-1", "d" * 64): FIRST_MS}
+    found = jobs.lessons([*corrected, *after, *before, *elsewhere], alarms)
+    assert found == [*corrected, *after]
+    assert jobs.lessons(demonstrations(3, source=CONFIRMATION), alarms) == []
+
+
+def test_a_job_left_half_written_by_a_crash_is_no_job(tmp_path: Path) -> None:
+    found = Jobs(tmp_path)
+    assert found.all() == []
+    (tmp_path / "0001").mkdir()
+    (tmp_path / "0001" / "evidence.json").write_text("{}")
+    (tmp_path / "0001" / "spec.json.tmp").write_text("{")
+    assert found.all() == []
+    job = found.create(spec(), Evidence(("a",), ("b",)))
+    assert job.name == "0001"
+    assert [p.name for p in sorted(job.folder.iterdir())] == ["evidence.json", "spec.json"]
+    assert found.create(spec(), Evidence(("c",), ("d",))).name == "0002"
+
+
+def test_a_job_says_what_its_files_say(tmp_path: Path) -> None:
+    job = Jobs(tmp_path).create(spec(), Evidence(("a",), ("b", "c")))
+    assert job.evidence == Evidence(("a",), ("b", "c"))
+    assert (job.result, job.progress, job.version) == (None, None, None)
+    job.failed("it broke")
+    assert job.result == {"passed": False, "error": "it broke"}
+    job.published(3)
+    assert job.version == 3
+    assert Jobs(tmp_path).all()[0].version == 3
+
+
+def test_only_jobs_count_whose_release_was_not_withdrawn(tmp_path: Path) -> None:
+    made = Jobs(tmp_path)
+    first, second, third = (made.create(spec(), Evidence((n,), (n + n,))) for n in "abc")
+    first.published(2)
+    second.published(3)
+    third.failed("its gate")
+    used, last = jobs.used(made.all(), {1, 2, 3})
+    assert used == Evidence(("a", "b"), ("aa", "bb"))
+    assert last is not None
+    assert last.name == second.name
+    used, last = jobs.used(made.all(), {1, 2, 4})
+    assert used == Evidence(("a",), ("aa",))
+    assert jobs.used([], {1}) == (Evidence((), ()), None)
+
+
+def test_a_job_ends_with_the_one_who_started_it(tmp_path: Path) -> None:
+    made = Jobs(tmp_path)
+    made.stop()  # nothing runs
+    job = made.create(spec(), Evidence(("a",), ("b",)))
+    made.start(job)
+    assert made.running()
+    made.stop()
+    assert not made.running()
+    assert job.result is None  # it runs again
+
+
+def test_what_was_too_long_was_not_learnt() -> None:
+    whole = spec()
+    assert jobs.learnt(whole, {"left_out": [1]}) == [whole.train[0], whole.train[2]]
+    assert jobs.learnt(whole, {}) == list(whole.train)
+
+
+def test_only_right_answers_are_known() -> None:
+    whole = spec(held_out=(shown("a"), shown("b")), earlier=(shown("c"),))
+    said = {"canaries": [{"answer": a} for a in ("right", "wrong", "right")]}
+    assert jobs.answered(whole, said) == [shown("a"), shown("c")]
+    with pytest.raises(ValueError, match="zip"):
+        jobs.answered(whole, {"canaries": []})
