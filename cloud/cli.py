@@ -103,13 +103,13 @@ def cloud(
     demonstrations: Annotated[
         int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 45,
     min_new: Annotated[
         float, typer.Option(min=0, max=1, help="Share of held-out corrections to answer exactly.")
     ] = 0.5,
     max_base_kl: Annotated[
         float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
-    ] = 0.15,
+    ] = 0.2,
     threads: Threads = 2,
 ) -> None:
     """Store evidence, adapt when it is worth it, release what passes the gate. Ctrl-C stops it."""

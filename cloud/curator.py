@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("anabranch.curator")
 
 _CANARIES = 6
-_CONFIRMED = 48
+_CONFIRMED = 32
 _ATTEMPTS = 3
 _LOOKED_AT = 5000  # the latest demonstrations; older ones no longer say how a home is
 

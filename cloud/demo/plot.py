@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from cloud.demo.record import Event, Record
 
 _WINDOW = 30
-_LEAST = 5
+_LEAST = 10
+_LULL_S = 20.0
 _COLORS = ("#1f6fb4", "#d1731a")
 _MEASURES = {"before": "s", "memory": "D", "after": "o"}
 
@@ -27,13 +29,21 @@ _MEASURES = {"before": "s", "memory": "D", "after": "o"}
 def rolling(asks: list[Event]) -> tuple[list[float], list[float]]:
     """Minutes, and the share of right answers among the latest 30 commands at each.
 
-    >>> asks = [{"t": 60.0 * i, "right": i > 4} for i in range(10)]
+    After a lull it begins anew, with a gap (not a number) before: the student may be another.
+
+    >>> asks = [{"t": 6.0 * i, "right": i > 4} for i in range(12)]
     >>> rolling(asks)
-    ([4.0, 5.0, 6.0, 7.0, 8.0, 9.0], [0.0, 0.167, 0.286, 0.375, 0.444, 0.5])
+    ([0.9, 1.0, 1.1], [0.5, 0.545, 0.583])
     """
     window: deque[bool] = deque(maxlen=_WINDOW)
     minutes, shares = [], []
+    last = 0.0
     for ask in asks:
+        if ask["t"] - last > _LULL_S and window:
+            window.clear()
+            minutes.append(ask["t"] / 60)
+            shares.append(math.nan)
+        last = ask["t"]
         window.append(bool(ask["right"]))
         if len(window) >= _LEAST:
             minutes.append(ask["t"] / 60)
@@ -53,15 +63,16 @@ def draw(record: Record, skills: tuple[str, str], file: Path) -> None:
     for skill, color in zip(skills, _COLORS, strict=True):
         _accuracy(axes, record, skill, color)
     _jobs(axes, record)
-    for event in record.of("phase"):
+    for number, event in enumerate(record.of("phase")):
         axes.axvline(event["t"] / 60, color="#bbbbbb", linewidth=0.8, zorder=0)
-        axes.text(event["t"] / 60, 1.08, f" {event['name']}", color="#666666", fontsize=9)
+        height = 1.09 if number % 2 else 1.13  # short phases stand close to one another
+        axes.text(event["t"] / 60, height, f" {event['name']}", color="#666666", fontsize=9)
     _marks(axes, [e["t"] for e in record.of("alarm")], "v", "#c02020", "drift alarm", 1.03)
     _marks(axes, [e["t"] for e in record.of("release")], "*", "#7030a0", "release", 0.99)
     _marks(
         axes, [e["t"] for e in record.of("swap") if e["release"] > 1], "^", "#208040", "swap", 1.03
     )
-    axes.set_ylim(-0.03, 1.14)
+    axes.set_ylim(-0.03, 1.18)
     axes.set_xlim(left=0)
     axes.set_xlabel("minutes")
     axes.set_ylabel("answered to the letter")

@@ -35,7 +35,7 @@ class GateConfig:
     new_share: float = 0.5
     new_gain: float = 0.05
     earlier_loss: float = 0.05
-    base_kl: float = 0.15
+    base_kl: float = 0.2
     threads: int = 2
 
 

@@ -427,6 +427,28 @@ def test_demonstrations_that_do_not_fit_are_dropped_farthest_first(tmp_path: Pat
     assert asked == ["turn on the green lamp", "turn on the red lamp", "turn on the red lamps"]
 
 
+def test_what_is_merely_similar_is_shown_only_after_a_drift_alarm(tmp_path: Path) -> None:
+    student = ScriptedStudent(reply=lambda _: "wrong", harness=Harness(system="", max_tokens=20))
+    device = Device(tmp_path, student)
+
+    async def shown(client: httpx.AsyncClient) -> list[str]:
+        student.prompts.clear()
+        await ask(client, "turn on the green lamp in the hall")
+        return [m.content for m in student.prompts[0] if m.role == "user"][:-1]
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        await correct(client, await ask(client, "turn on the red lamp in the den"), "right")
+        assert await shown(client) == []
+        for i in range(40):
+            await correct(client, await ask(client, f"{i}"), f"right {i}")
+        assert (await client.get("/healthz")).json()["drift"]["alarms"] == 1
+        assert await shown(client) == ["turn on the red lamp in the den"]
+        device.drift.swapped()
+        assert await shown(client) == []
+
+    with_client(device, talk)
+
+
 def test_constant_corrections_raise_one_alarm_of_kind_concept(tmp_path: Path) -> None:
     device = Device(tmp_path, ScriptedStudent(reply=lambda _: "wrong"))
 

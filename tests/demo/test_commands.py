@@ -74,7 +74,7 @@ def test_answers_are_compact_sorted_tool_calls_that_satisfy_the_schema(
     ],
 )
 def test_the_schema_refuses_what_the_skill_cannot_do(answer: object) -> None:
-    validator = jsonschema.Draft202012Validator(skill_schema(["lights"]))
+    validator = jsonschema.Draft202012Validator(skill_schema(["lights", "dimming"]))
     assert not validator.is_valid(answer)
 
 
