@@ -33,7 +33,7 @@ class Harness:
     schema: dict[str, Any] | None = None
     max_tokens: int = 96
     memory_shown: int = 3
-    memory_similarity: float = 0.85
+    memory_similarity: float = 0.8
     memory_similarity_drifted: float = 0.5
     version: int = field(default=VERSION, kw_only=True)
 

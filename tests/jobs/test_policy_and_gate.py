@@ -57,7 +57,7 @@ def scores(new: float, earlier: float | None = None) -> Scores:
         (scores(1.0), scores(1.0), 0.1, []),  # it cannot be better
         (scores(0.0, 0.8), scores(0.6, 0.75), 0.1, []),
         (scores(0.0, 0.8), scores(0.6, 0.74), 0.1, ["earlier"]),
-        (scores(0.0), scores(0.6), 0.16, ["base_kl"]),
+        (scores(0.0), scores(0.6), 0.21, ["base_kl"]),
         (scores(0.0), scores(0.6), float("nan"), ["base_kl"]),
         (scores(0.0, 1.0), scores(0.0, 0.0), 9.0, ["new", "earlier", "base_kl"]),
     ],
