@@ -433,7 +433,7 @@ def test_what_is_merely_similar_is_shown_only_after_a_drift_alarm(tmp_path: Path
 
     async def shown(client: httpx.AsyncClient) -> list[str]:
         student.prompts.clear()
-        await ask(client, "turn on the green lamp in the hall")
+        await ask(client, "turn off the light in the hall")
         return [m.content for m in student.prompts[0] if m.role == "user"][:-1]
 
     async def talk(client: httpx.AsyncClient) -> None:
