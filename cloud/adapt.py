@@ -240,7 +240,7 @@ def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
 
     def report(seen: StepReport) -> None:
         fraction = 0.2 + 0.6 * seen.step / seen.steps
-        progress(f"learn {seen.step}/{seen.steps}", fraction, loss=seen.loss, anchor=seen.anchor)
+        progress(f"learn {seen.step}/{seen.steps}", fraction, loss=seen.loss, cut=seen.cut)
 
     return learnt | {name: value.cpu() for name, value in learner.learn(report).items()}
 

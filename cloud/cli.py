@@ -175,7 +175,7 @@ def edge(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for report, plot, logs.")] = Path("build/demo"),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what people say.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each device.")] = 1,
 ) -> None:
     """Three homes drift, learn and recover, with the real student: broker, cloud, three devices."""

@@ -277,17 +277,26 @@ class Curator:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
         learn, held = job_rules.split(fresh)
-        taken = {d.id for d in fresh}
+        # By what was asked, not by id: nothing that is tested may be trained on, and what people
+        # have changed their minds about is neither tested nor held on to in its old form.
+        new = {job_rules.shown(d).messages for d in fresh}
+        tested_before = [
+            d for d in self._by_ids(used.held_out) if job_rules.shown(d).messages not in new
+        ]
+        tested = {job_rules.shown(d).messages for d in tested_before}
         confirmed = [
             d
             for d in self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
-            if d.source == device_pb2.SOURCE_CONFIRMATION
-            and d.student == latest.student
-            and d.id not in taken
+            if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
         ]
-        replay = job_rules.sample(self._by_ids(used.learn)) + job_rules.sample(
-            confirmed, _CONFIRMED
-        )
+        replay = [
+            d
+            for d in (
+                *job_rules.sample(self._by_ids(used.learn)),
+                *job_rules.sample(confirmed, _CONFIRMED),
+            )
+            if job_rules.shown(d).messages not in new | tested
+        ]
         spec = Spec(
             masters=self._masters.absolute(),
             learnt=last.learnt.absolute() if last else None,
@@ -296,7 +305,7 @@ class Curator:
             train=tuple(map(job_rules.shown, learn)),
             held_out=tuple(map(job_rules.shown, held)),
             replay=tuple(map(job_rules.shown, replay)),
-            earlier=tuple(map(job_rules.shown, job_rules.sample(self._by_ids(used.held_out), 40))),
+            earlier=tuple(map(job_rules.shown, job_rules.sample(tested_before, 40))),
             threads=self._config.threads,
             learner=self._config.learner,
             gate=self._config.gate,

@@ -90,7 +90,7 @@ def locked(state: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
             msg = (
-                f"another agent (process {holder}) runs on {state}: "
+                f"another process ({holder}) runs on {state}: "
                 "stop it, or give this one another --state"
             )
             raise InvalidInputError(msg) from error

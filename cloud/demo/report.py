@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from cloud.demo.record import Record
 
 Numbers = dict[str, Any]
-B_BEFORE, B_AFTER, A_LOSS = 0.1, 0.6, 0.05
+A_BEFORE, B_BEFORE, B_AFTER, A_LOSS = 0.6, 0.1, 0.6, 0.05
 TO_ALARM, DELTA, MINUTES = 60, 0.06, 15
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise of the demo, what came of it, and whether it held."""
+    """A promise of the demo, what came of it, and whether it held.
+
+    ``timing`` marks one that a slow machine breaks though all else is right.
+    """
 
     what: str
     seen: str
     held: bool
+    timing: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def commands_to_alarm(record: Record, devices: Sequence[str]) -> dict[str, int |
 def bars(n: Numbers) -> list[Bar]:
     """What the demo promises (README), against what it showed."""
     alarm, share = n["commands_to_alarm"], n["delta_bytes"] / n["full_bytes"]
+    first_a = n["skill_a_before"]
     least_a, minutes = n["skill_a_before"] - A_LOSS, n["wall_seconds"] / 60
     false = n["false_alarms_before_shift"]
     found = alarm is not None and alarm <= TO_ALARM
@@ -103,13 +108,16 @@ def bars(n: Numbers) -> list[Bar]:
     return [
         Bar(f"skill B before: at most {B_BEFORE}", f"{b:.3f}", b <= B_BEFORE),
         Bar(f"skill B after: at least {B_AFTER}", f"{later_b:.3f}", later_b >= B_AFTER),
+        Bar(
+            f"skill A before the shift: at least {A_BEFORE}", f"{first_a:.3f}", first_a >= A_BEFORE
+        ),
         Bar(f"skill A after: at least {least_a:.3f}", f"{later_a:.3f}", later_a >= least_a - 1e-9),
         Bar("no false alarm before the shift", str(false), false == 0),
         Bar(f"alarm on each device within {TO_ALARM} commands", str(alarm), found),
         Bar("devices run the file the gate judged", str(n["digests_equal"]), n["digests_equal"]),
         Bar("no request failed", str(n["requests_failed"]), n["requests_failed"] == 0),
         Bar(f"delta: at most {DELTA:.0%} of the full files", f"{share:.1%}", share <= DELTA),
-        Bar(f"at most {MINUTES} minutes", f"{minutes:.1f}", minutes <= MINUTES),
+        Bar(f"at most {MINUTES} minutes", f"{minutes:.1f}", minutes <= MINUTES, timing=True),
     ]
 
 
@@ -123,7 +131,6 @@ def table(n: Numbers, held: Sequence[Bar]) -> Table:
         shown.add_row(bar.what, bar.seen, "[green]yes[/]" if bar.held else "[red]NO[/]")
     shown.add_section()
     for name, value in (
-        ("skill A before the shift", f"{n['skill_a_before']:.3f}"),
         ("skill B with working memory, old weights", f"{n['skill_b_memory']:.3f}"),
         ("demonstrations used", str(n["demonstrations_used"])),
         ("seconds of SDFT", f"{n['sdft_seconds']:.0f}"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 
 SKILL_A, SKILL_B = "lights", "media"
 TESTS = 34  # unseen commands of each skill in each home: 102 in all
-_LEARN, _STEADY, _SHIFT, _AFTER = 90, 30, 120, 20  # commands a home at most
+_LEARN, _STEADY, _SHIFT, _AFTER = 72, 30, 90, 20  # commands a home at most
 _LULL_S = 1.0  # between the commands of a home while an update is on its way
 _KEPT = 6  # after the shift one command in so many is still of the old skill
+_SPARE = 30  # commands drawn beside those needed: some are too like a test
+_EMPTY = frozenset({"please", "can", "could", "you", "the", "my", "our"})
 _CHUNK = 16
 _LEARN_S = 1200
 
@@ -49,18 +53,64 @@ class Script:
     after: list[Said]
 
 
-def write_script(home: Home, rng: random.Random, others: Sequence[Script]) -> Script:
-    """Draw the commands of a home; its tests are in no home's other commands, nor the reverse."""
-    said = {c.text for s in others for c in _all(s)}
+def write_scripts(
+    homes: Sequence[Home], rng: random.Random, written: Callable[[], None] = lambda: None
+) -> list[Script]:
+    """Draw what the people of each home will say, and the tests.
+
+    Nobody anywhere says a test, nor a test with another "the", "my" or "please".
+
+    Args:
+        homes: who lives where.
+        rng: chooses.
+        written: is called for each home that is done.
+
+    Raises:
+        ValueError: the templates do not give enough commands.
+    """
     counts = {SKILL_A: _LEARN + _STEADY + _SHIFT // _KEPT + _AFTER, SKILL_B: _SHIFT + _AFTER}
-    drawn: dict[str, Iterator[Command]] = {}
-    tests: dict[str, list[Command]] = {}
-    for skill, count in counts.items():
-        commands = sample(skill, home, TESTS + count, rng, exclude=said)
-        tests[skill], drawn[skill] = commands[:TESTS], iter(commands[TESTS:])
+    pools: list[dict[str, list[Command]]] = []
+    for home in homes:
+        pool = {s: sample(s, home, TESTS + n + _SPARE, rng) for s, n in counts.items()}
+        pools.append(pool)
+        written()
+    tests: list[dict[str, list[Command]]] = []
+    tested: set[str] = set()
+    for pool in pools:
+        tests.append({})
+        for skill, commands in pool.items():
+            fresh = {gist(c.text): c for c in commands if gist(c.text) not in tested}
+            chosen = dict(list(fresh.items())[:TESTS])
+            tests[-1][skill] = list(chosen.values())
+            tested |= chosen.keys()
+    return [
+        _script(
+            own, {s: [c for c in cs if gist(c.text) not in tested] for s, cs in pool.items()}, rng
+        )
+        for own, pool in zip(tests, pools, strict=True)
+    ]
+
+
+def gist(text: str) -> str:
+    """A command without the words that change nothing.
+
+    >>> gist("Please turn on the kettle!") == gist("turn on my kettle")
+    True
+    """
+    return " ".join(w for w in re.findall(r"[\w%°]+", text.casefold()) if w not in _EMPTY)
+
+
+def _script(
+    tests: dict[str, list[Command]], pool: dict[str, list[Command]], rng: random.Random
+) -> Script:
+    drawn = {skill: iter(commands) for skill, commands in pool.items()}
 
     def take(skill: str, count: int) -> list[Said]:
-        return [(skill, next(drawn[skill])) for _ in range(count)]
+        taken = [(skill, c) for c in itertools.islice(drawn[skill], count)]
+        if len(taken) < count:
+            msg = f"{len(taken)} {skill} commands are left for a phase that has {count}"
+            raise ValueError(msg)
+        return taken
 
     learn, steady = take(SKILL_A, _LEARN), take(SKILL_A, _STEADY)
     shift = [
@@ -71,13 +121,6 @@ def write_script(home: Home, rng: random.Random, others: Sequence[Script]) -> Sc
     after = take(SKILL_A, _AFTER // 2) + take(SKILL_B, _AFTER - _AFTER // 2)
     rng.shuffle(after)
     return Script(tests, learn, steady, shift, after)
-
-
-def _all(script: Script) -> Iterator[Command]:
-    for commands in script.tests.values():
-        yield from commands
-    for part in (script.learn, script.steady, script.shift, script.after):
-        yield from (command for _, command in part)
 
 
 class Story:

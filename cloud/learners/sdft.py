@@ -1,18 +1,17 @@
 """Self-distillation fine-tuning with a chat-turn teacher and guided rollouts.
 
-SDFT (Shenfeld et al., arXiv 2601.19897): student and teacher are one model; the teacher sees the
-demonstration, the student does not, and at every token of the student's answer its distribution is
-pulled to the teacher's by forward KL. Two changes make it work at 135M parameters. The teacher's
-prompt shows the demonstration as an earlier turn of the chat (``protos.prompt``), and rollouts are
-*guided* (after speculative knowledge distillation, arXiv 2410.11325): a token the student proposes
-stands if the teacher gives it at least a tenth of its best token's probability, else the teacher's
-best token replaces it.
+SDFT (Shenfeld et al., arXiv 2601.19897): the teacher is the student itself, only that it sees the
+demonstration; at every token of the student's answer the student's distribution is pulled to the
+teacher's by forward KL. Three changes make it work at 135M parameters. The teacher's prompt shows
+the demonstration as an earlier turn of the chat (``protos.prompt``). Rollouts are *guided* (after
+speculative knowledge distillation, arXiv 2410.11325): a token the student proposes stands if the
+teacher gives it at least a tenth of its best token's probability, else the teacher's best token
+replaces it. And the teacher is the model as it was imported, frozen: its distribution along the
+demonstration is computed once and kept.
 
 A rollout is drafted by the demonstration: while the guided walk agrees with it, one pass of each
 model scores every token, and where the walk leaves it the rollout is cut. Nearly all do agree,
-because the teacher copies what it was shown; the share that left is reported. And the teacher is
-the model as it was imported, whose weights are frozen: its distribution along the demonstration is
-computed once and kept.
+because the teacher copies what it was shown; the share that left is reported.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ class _Record:
     monitored: bool
     demonstrations: dict[str, str] = field(default_factory=dict)
     latest: str | None = None
+    kept: str | None = None
     judged: bool = False
     corrected: bool = False
 
@@ -278,9 +279,13 @@ class Assistant(Generic[StudentT]):
 
     async def _keep(self, record: _Record, right: str) -> None:
         """Evidence to the outbox first; only what is safe there enters working memory."""
-        known = record.demonstrations.get(right)
-        identity = known or uuid7(now=self._clock(), random=self._random)
-        if known is None:
+        # What is in the outbox but did not reach memory is not sent twice; a mind that was changed
+        # back is new evidence: the cloud takes the newest.
+        kept = record.kept == right
+        identity = (
+            record.demonstrations[right] if kept else uuid7(now=self._clock(), random=self._random)
+        )
+        if not kept:
             payload = self._evidence(identity, record, right).SerializeToString()
             if len(payload) > MAX_PAYLOAD:
                 msg = (
@@ -290,6 +295,7 @@ class Assistant(Generic[StudentT]):
                 raise RequestError(msg, code="feedback_too_large", status=413)
             await asyncio.to_thread(self._outbox.put, DEMONSTRATION, identity, payload)
             record.demonstrations[right] = identity
+            record.kept = right
             source = "confirmation" if right == record.answer else "correction"
             self._metrics.feedback.labels(source).inc()
         left = self._memory.left

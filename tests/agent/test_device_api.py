@@ -348,11 +348,12 @@ def test_the_same_feedback_twice_is_one_demonstration(tmp_path: Path) -> None:
         other = await correct(client, answer, "off")
         assert other not in both
         assert (await ask(client, "lamp on"))["choices"][0]["message"]["content"] == "off"
-        assert await correct(client, answer, "on") == both[0]
+        assert await correct(client, answer, "on") not in (*both, other)
         assert (await ask(client, "lamp on"))["choices"][0]["message"]["content"] == "on"
 
     with_client(device, talk)
-    assert [d.correction for d in device.demonstrations()] == ["on", "off"]
+    # A mind that was changed back is news to the cloud, which takes the newest.
+    assert [d.correction for d in device.demonstrations()] == ["on", "off", "on"]
     assert device.memory.size == 1
 
 

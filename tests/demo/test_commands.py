@@ -153,7 +153,9 @@ def test_asking_for_more_than_the_templates_hold_says_what_to_do() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="no skill 'gardening'; choose from lights, dimming, media"):
+    with pytest.raises(
+        ValueError, match="no skill 'gardening'; choose from lights, dimming, media"
+    ):
         sample("gardening", HOMES, 1, random.Random(0))
     with pytest.raises(ValueError, match="no homes"):
         sample("lights", [], 1, random.Random(0))
