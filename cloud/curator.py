@@ -259,10 +259,12 @@ class Curator:
         return job_rules.lessons(job_rules.newest_each(rows, taken), alarms)
 
     def _situation(self, jobs: list[Job], fresh: int) -> Situation:
+        rollout = self._driver.state(self._channel)
         devices = {d.device: d.student for d in self._evidence.devices(self._channel)}
+        # A commit is told to the rollout first; the birth that says so here may come after it.
+        devices |= {n: d.student for n, d in rollout.devices.items() if n in devices and d.student}
         reports = self._evidence.drift_reports(self._channel)
         drifted = {r.device for r in reports if devices.get(r.device) == r.student}
-        rollout = self._driver.state(self._channel)
         unfinished = {"running", "paused"}
         busy = f"rollout of release {rollout.version}" if rollout.phase in unfinished else ""
         last = jobs[-1] if jobs else None

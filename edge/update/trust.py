@@ -76,6 +76,9 @@ def load_trusted(path: Path) -> dict[str, Ed25519PublicKey]:
         InvalidInputError: there is none, or one is malformed or of another kind.
         StorageError: the file cannot be read.
     """
+    if not path.exists():
+        msg = f"{path} is not there: copy the cloud's keys/trusted.pem to it"
+        raise InvalidInputError(msg)
     with storage_errors(f"reading the trusted keys in {path}"):
         blocks = _PEM.findall(path.read_bytes())
     keys: dict[str, Ed25519PublicKey] = {}

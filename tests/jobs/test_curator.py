@@ -267,6 +267,19 @@ def test_a_student_that_came_out_as_before_is_a_release_of_its_own(cloud: Cloud)
     assert set(first.evidence.learn) <= set(cloud.latest().manifest.learned_from)
 
 
+def test_a_device_that_committed_has_not_drifted_though_its_birth_is_late(cloud: Cloud) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.hear(demonstrations(24))  # people went on correcting the old student
+    cloud.learn(job)
+    cloud.curator.tick()
+    for name in ("lamp-1", "lamp-2"):
+        cloud.driver.connected("home", name, student=cloud.latest().student, release=2)
+    cloud.driver.tick()
+    assert cloud.driver.state("home").phase is Phase.DONE
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 1
+
+
 def test_the_next_job_goes_on_from_the_last_and_asks_what_was_held_out(cloud: Cloud) -> None:
     first = cloud.adapt(demonstrations(24))
     cloud.learn(first)

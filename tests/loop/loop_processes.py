@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,6 +28,7 @@ from cloud.gate.gate import GateConfig
 from cloud.jobs import Jobs
 from cloud.learners.sdft import SdftConfig
 from cloud.policy import PolicyConfig
+from cloud.releases.keys import open_keys
 from cloud.service import CloudConfig, run
 from edge.process import PARENT, end_with_parent
 from protos.errors import AnabranchError
@@ -41,6 +43,7 @@ Json = dict[str, Any]
 CHANNEL = "home"
 _DEADLINE_S = 600
 _POLL_S = 0.05
+_LULL_S = 0.2  # between requests that only see whether they are answered
 _NEVER = 100_000
 
 
@@ -116,12 +119,10 @@ class Town:
 
     def __enter__(self) -> Self:
         """Start everything, and wait until each device runs the first release."""
+        open_keys(self.cloud_state / "keys")  # so that devices need not wait for the cloud
         try:
-            self.start("broker")
-            self.start("cloud")
-            self.until((self.cloud_state / "cloud.json").exists)
-            for device in self.devices:
-                self.start(device.name)
+            for name in ("broker", "cloud", *(d.name for d in self.devices)):
+                self.start(name)
             self.until(lambda: all(self.release_of(d) == 1 for d in self.devices))
         except BaseException:
             self.__exit__()
@@ -198,6 +199,17 @@ class Town:
         job = self.job()
         return None if job is None else job.version
 
+    def learning(self) -> bool:
+        """Whether the first adaptation is at work, and not just decided on."""
+        job = self.job()
+        return job is not None and job.progress is not None
+
+    def newest(self) -> int:
+        """The newest release that there is, published or not yet rolled out."""
+        with closing(sqlite3.connect(self.cloud_state / "cloud.sqlite")) as db:
+            (version,) = db.execute("SELECT max(version) FROM releases").fetchone()
+        return int(version)
+
     def manifest(self, version: int) -> release_pb2.Manifest:
         """A release's manifest, as devices get it."""
         with grpc.insecure_channel(self.fleet) as channel:
@@ -225,14 +237,15 @@ class Town:
 class People:
     """Somebody at each device who asks all the time, and corrects every answer until told not to.
 
-    Leaving the context ends them, and fails where a request failed that was not forgiven.
+    Attributes:
+        correcting: whether they do.
+        failures: requests that were not answered, each beginning with the device's name.
     """
 
-    def __init__(self, town: Town, *, forgiving: bool = False) -> None:
+    def __init__(self, town: Town) -> None:
         self.correcting = True
-        self._done = threading.Event()
-        self._forgiving = forgiving
         self.failures: list[str] = []
+        self._done = threading.Event()
         self._threads = [threading.Thread(target=self._talk, args=(d,)) for d in town.devices]
 
     def __enter__(self) -> Self:
@@ -255,6 +268,7 @@ class People:
                     device.correct(text, f'{{"n":{number}}}')
                 else:
                     device.ask(text)
+                    time.sleep(_LULL_S)
             except (OSError, httpx.HTTPError, ValueError) as error:
                 self.failures.append(f"{device.name}: {error!r}")
                 time.sleep(_POLL_S)

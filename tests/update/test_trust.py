@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edge.student.bundle import FILES, BundleFile, digest_of
 from edge.update import trust
-from protos.errors import InvalidInputError, SignatureError, StorageError
+from protos.errors import InvalidInputError, SignatureError
 from protos.v1 import release_pb2
 
 if TYPE_CHECKING:
@@ -166,5 +166,5 @@ def test_a_bad_trust_file_says_what_to_do(tmp_path: Path, content: bytes, why: s
     file.write_bytes(content)
     with pytest.raises(InvalidInputError, match=why):
         trust.load_trusted(file)
-    with pytest.raises(StorageError):
+    with pytest.raises(InvalidInputError, match="is not there: copy"):
         trust.load_trusted(tmp_path / "absent.pem")
