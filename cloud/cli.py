@@ -103,7 +103,7 @@ def cloud(
     demonstrations: Annotated[
         int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 45,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 55,
     min_new: Annotated[
         float, typer.Option(min=0, max=1, help="Share of held-out corrections to answer exactly.")
     ] = 0.5,

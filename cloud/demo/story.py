@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from cloud.demo.commands import sample
 from cloud.demo.people import exact_match
+from edge.student.bundle import digest
 from edge.student.runtime import Student
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from rich.progress import Progress, TaskID
 
@@ -248,13 +250,20 @@ class Story:
     async def _measure(self, name: str, skill: str) -> None:
         """Exact match on unseen commands: each device's own file, without working memory."""
         right = count = 0
-        total = sum(len(s.tests[skill]) for _, s in self._homes)
+        asked: dict[str, list[Command]] = {}
+        served: dict[str, Path] = {}
+        for household, script in self._homes:  # devices with equal files share a session
+            folder = self._town.serving(household)
+            content = await asyncio.to_thread(digest, folder)
+            served[content] = folder
+            asked.setdefault(content, []).extend(script.tests[skill])
+        total = sum(map(len, asked.values()))
         with self._bar(f"{name}: unseen {skill} commands", total) as task:
-            for household, script in self._homes:
-                student = Student.open(self._town.serving(household), threads=2)
+            for content, commands in asked.items():
+                student = Student.open(served[content], threads=2)
                 try:
-                    for start in range(0, len(script.tests[skill]), _CHUNK):
-                        part = script.tests[skill][start : start + _CHUNK]
+                    for start in range(0, len(commands), _CHUNK):
+                        part = commands[start : start + _CHUNK]
                         right += await asyncio.to_thread(exact_match, student, part)
                         count += len(part)
                         self._progress.update(task, completed=count)

@@ -38,12 +38,12 @@ _KEPT = 32  # tokens of a cached distribution; the rest of its mass is one bucke
 class SdftConfig:
     """Hyperparameters; the defaults are what measured best here (docs/learning.md)."""
 
-    steps: int = 45
+    steps: int = 55
     batch: int = 8
     learning_rate: float = 1.5e-4
     warmup: int = 5
     guidance: float = 0.1
-    anchor_weight: float = 2.0
+    anchor_weight: float = 1.0
     anchor_batch: int = 3
     replay_weight: float = 1.0
     replay_batch: int = 4
