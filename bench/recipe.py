@@ -131,8 +131,11 @@ def main() -> None:
     )
     parser.add_argument("--student", type=Path, default=Path("build/demo/student"))
     parser.add_argument("--out", type=Path, default=Path("build/bench/recipe.json"))
-    parser.add_argument("recipes", nargs="*", help="names; all when none is given")
+    names = [recipe.name for recipe in RECIPES]
+    parser.add_argument("recipes", nargs="*", help=f"of {', '.join(names)}; all when none is given")
     options = parser.parse_args()
+    if unknown := set(options.recipes) - set(names):
+        parser.error(f"no recipe {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         for recipe in RECIPES:

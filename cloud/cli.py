@@ -151,6 +151,10 @@ def edge(
     cloud: Annotated[str, typer.Option(help="gRPC fleet service, host:port.")] = "127.0.0.1:50051",
     listen: Annotated[str, typer.Option(help="Where the HTTP API is.")] = "127.0.0.1:8181",
     metrics: Annotated[str, typer.Option(help="Where /metrics is.")] = "127.0.0.1:9181",
+    expected_corrections: Annotated[
+        float,
+        typer.Option(min=0.01, max=0.5, help="Share of answers people correct when all is well."),
+    ] = 0.2,
     threads: Threads = 2,
 ) -> None:
     """Answer people on this device, and keep its student current. Ctrl-C stops it."""
@@ -168,6 +172,7 @@ def edge(
             listen=listen,
             metrics=metrics,
             threads=threads,
+            expected_corrections=expected_corrections,
         )
     )
 

@@ -256,7 +256,10 @@ class Curator:
         taken = {*used.learn, *used.held_out, *learned}
         rows = self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
         alarms = job_rules.alarms(self._evidence.drift_reports(self._channel))
-        return job_rules.lessons(job_rules.newest_each(rows, taken), alarms)
+        # Who says again what is held out says nothing new; learnt, it would test nothing any more.
+        held = set(map(job_rules.shown, self._by_ids(used.held_out)))
+        newest = [d for d in job_rules.newest_each(rows, taken) if job_rules.shown(d) not in held]
+        return job_rules.lessons(newest, alarms)
 
     def _situation(self, jobs: list[Job], fresh: int) -> Situation:
         rollout = self._driver.state(self._channel)

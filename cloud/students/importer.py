@@ -99,7 +99,7 @@ def open_imported(out: Path) -> Imported:
 def _cached(out: Path, key: str | None) -> Imported:
     note = json.loads((out / "import.json").read_text())
     if note["version"] != VERSION or (key is not None and note["key"] != key):
-        msg = f"{out} was imported from other input"
+        msg = f"{out} was imported from other input or by another version: import it again"
         raise InvalidInputError(msg)
     if digest(out / "bundle") != note["digest"]:
         msg = f"{out / 'bundle'} has changed since it was imported"

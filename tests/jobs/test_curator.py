@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cloud.adapt import Spec
 from cloud.curator import Curator, CuratorConfig
 from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
@@ -352,3 +353,23 @@ def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Clou
     cloud.hear(demonstrations(12))
     cloud.curator.tick()
     assert len(cloud.jobs.all()[-1].evidence.learn) == 28
+
+
+def test_what_is_tested_is_never_trained_on_whoever_says_it_again(cloud: Cloud) -> None:
+    cloud.deliver()
+    first = cloud.adapt(demonstrations(30))
+    cloud.learn(first)
+    cloud.curator.tick()
+    cloud.deliver()
+    held = {d.id: d for d in cloud.evidence.demonstrations("home")}
+    old = [held[i].messages[0].content for i in first.evidence.held_out]
+    said_again = [demonstration(text, "right", source=CONFIRMATION) for text in old]
+    changed = demonstration(old[0], "left")
+    cloud.hear([*said_again[1:], changed], alarm=False)
+    second = Spec.from_json((cloud.adapt(demonstrations(30)).folder / "spec.json").read_text())
+    trained = {d.messages for d in (*second.train, *second.replay)}
+    asked = {d.messages: d.answer for d in (*second.held_out, *second.earlier)}
+    assert not trained & asked.keys()
+    assert {m[0].content for m in asked} >= set(old[1:])
+    news = {d.messages[0].content: d.answer for d in (*second.train, *second.held_out)}
+    assert news[old[0]] == "left"
