@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SYSTEM = "You control a smart home. Answer with one JSON tool call."
-DEMONSTRATIONS = 140
+DEMONSTRATIONS = 160
 _INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
 
 

@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+_CHANCE = 2
+
+
 @dataclass(frozen=True)
 class GateConfig:
     """Bounds a candidate must keep.
 
     ``new_share`` (0..1) of held-out demonstrations answered exactly, and ``new_gain`` more than the
-    student in service; ``earlier_loss`` the share of earlier ones that may be lost against it;
-    ``base_kl`` in nats a token.
+    student in service; ``earlier_loss`` the share of earlier ones that may be lost against it (two
+    always may); ``base_kl`` in nats a token.
     """
 
     new_share: float = 0.5
@@ -68,11 +71,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one student scored: shares answered exactly (None: nothing to ask), and its answers."""
+    """What one student scored: shares answered exactly (None: nothing to ask), and its answers.
+
+    ``earlier_asked`` is of how many ``earlier`` is the share.
+    """
 
     new: float
     earlier: float | None
     answers: tuple[str, ...]
+    earlier_asked: int = 0
 
 
 def judge(current: Scores, candidate: Scores, base_kl: float, config: GateConfig) -> Verdict:
@@ -87,7 +94,9 @@ def judge(current: Scores, candidate: Scores, base_kl: float, config: GateConfig
     bound = max(config.new_share, min(1.0, current.new + config.new_gain))
     checks = [Check("new", candidate.new, bound, candidate.new >= bound)]
     if current.earlier is not None and candidate.earlier is not None:
-        bound = current.earlier - config.earlier_loss
+        # Of few, two answers more or less are chance.
+        least = _CHANCE / candidate.earlier_asked if candidate.earlier_asked else 0.0
+        bound = current.earlier - max(config.earlier_loss, least)
         checks.append(Check("earlier", candidate.earlier, bound, candidate.earlier >= bound - 1e-9))
     checks.append(Check("base_kl", base_kl, config.base_kl, base_kl <= config.base_kl))
     return Verdict(tuple(checks), candidate.answers)
@@ -104,6 +113,7 @@ def score(student: Student, new: Sequence[Shown], earlier: Sequence[Shown]) -> S
         new=sum(right[: len(new)]) / len(new) if new else 0.0,
         earlier=sum(right[len(new) :]) / len(earlier) if earlier else None,
         answers=texts,
+        earlier_asked=len(earlier),
     )
 
 

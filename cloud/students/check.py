@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ANCHOR + GATE
 _TOKENS = 48
+_COMPARED = 24
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def compare(
         messages = chat(SYSTEM, [Message("user", prompt)])
         first = len(student.encode(messages)) - 1
         ids = student.tokenizer.encode(render(messages) + answer, add_special_tokens=False).ids
+        ids = ids[: first + _COMPARED]
         reference = source.model(torch.tensor([ids])).logits[0, first:].numpy()
         ours = log_softmax(reference)
         theirs = log_softmax(student.logits(ids, first))

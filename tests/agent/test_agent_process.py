@@ -148,7 +148,7 @@ def test_an_agent_says_where_it_is_serves_and_stops_cleanly(home: Home) -> None:
 
 def test_a_second_agent_on_the_same_state_is_refused(home: Home) -> None:
     process, found = home.start()
-    with pytest.raises(InvalidInputError, match=rf"process {process.pid}\) runs on .*--state"):
+    with pytest.raises(InvalidInputError, match=rf"process \({process.pid}\) runs on .*--state"):
         run(config(home.options), open_student=open_student)
     assert said(ask(found["api"], "still there?"))
 

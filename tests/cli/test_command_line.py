@@ -30,7 +30,7 @@ COMMANDS = {
     ],
     "edge": [
         *("--state", "--device", "--trust", "--student", "--channel", "--broker", "--cloud"),
-        *("--listen", "--metrics", "--threads"),
+        *("--listen", "--metrics", "--expected-corrections", "--threads"),
     ],
     "demo": ["--out", "--seed", "--threads"],
 }
@@ -168,7 +168,7 @@ def test_a_second_cloud_on_the_same_state_is_refused(
 ) -> None:
     with locked(tmp_path):
         ended = anabranch("cloud", "--state", str(tmp_path), "--student", str(tiny_student))
-    assert f"process {os.getpid()}) runs on {tmp_path}" in complaint(ended)
+    assert f"process ({os.getpid()}) runs on {tmp_path}" in complaint(ended)
 
 
 def test_as_a_process_of_its_own_it_ends_with_the_same_line_and_code() -> None:

@@ -32,5 +32,5 @@ def test_the_commands_shift_from_the_first_skill_to_the_second(scripts: list[Scr
     for script in scripts:
         assert {skill for skill, _ in script.learn + script.steady} == {SKILL_A}
         later = [skill for skill, _ in script.shift]
-        assert later.count(SKILL_B) == 5 * later.count(SKILL_A)
+        assert later.count(SKILL_B) == 9 * later.count(SKILL_A)
         assert {skill for skill, _ in script.after} == {SKILL_A, SKILL_B}
