@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from cloud.gate import gate
 from cloud.learners import prompts
-from cloud.learners.model import Example, SplitModel
+from cloud.learners.model import Example, SplitModel, Upper
 from cloud.learners.sdft import Lesson, Sdft, SdftConfig, StepReport, Target, keep
 from cloud.students.export import write_back
 from cloud.students.importer import ANSWERS
@@ -94,6 +94,15 @@ def write_atomically(path: Path, text: str) -> None:
     write_atomic(path, text.encode())
 
 
+def write_failure(job: Path, why: str) -> None:
+    """Write ``result.json`` of a job that came to no candidate.
+
+    Raises:
+        StorageError: the disk is full or failed.
+    """
+    write_atomically(job / "result.json", json.dumps({"passed": False, "error": why}))
+
+
 class Progress:
     """Writes ``progress.json``: phase, fraction done (0..1) and seconds left."""
 
@@ -159,7 +168,7 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     seconds = clock() - began
     progress("write the student", 0.8)
     save_file(_contiguous(learnt), job / "learnt.safetensors")
-    candidate = job / "candidate"
+    candidate, general = job / "candidate", _said(spec)
     changed = write_back(spec.base, learnt, read_harness(spec.current), candidate)
     verdict = gate.run(
         gate.GateInput(
@@ -168,7 +177,7 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
             candidate=candidate,
             new=spec.held_out,
             earlier=spec.earlier,
-            general=tuple((p, _said(spec)[p]) for p in prompts.GATE),
+            general=tuple((p, general[p]) for p in prompts.GATE),
         ),
         spec.gate,
         lambda phase, part: progress(phase, 0.82 + 0.18 * part),
@@ -223,8 +232,8 @@ def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learnt = load_file(spec.learnt) if spec.learnt else {}
     model = _split(spec, device)
-    anchors = _anchors(spec, model, progress)
     teacher = model.copy_upper()
+    anchors = _anchors(spec, model, teacher, progress)
     if learnt:
         # Teacher and anchors are the model first imported, so they came before these weights.
         parameters = model.trainable()
@@ -269,7 +278,9 @@ def _said(spec: Spec) -> dict[str, str]:
     return answers
 
 
-def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Example, Target]]:
+def _anchors(
+    spec: Spec, model: SplitModel, base: Upper, progress: Progress
+) -> list[tuple[Example, Target]]:
     """What the base says by itself, with its distributions; needs no data set.
 
     Its own answers to general prompts, and how it repeats what it was just shown: working memory
@@ -284,7 +295,7 @@ def _anchors(spec: Spec, model: SplitModel, progress: Progress) -> list[tuple[Ex
     for request, answer in prompts.SHOWN:
         shown = Shown((Message("user", request),), answer)
         examples.append(encoder.example(shown.messages, answer, [shown]))
-    return list(zip(examples, keep(model, model.copy_upper(), examples), strict=True))
+    return list(zip(examples, keep(model, base, examples), strict=True))
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -300,13 +311,12 @@ def main() -> int:
         result = run(job)
     except AnabranchError as error:
         log.error("the job failed: %s", error)  # noqa: TRY400  # the message is for people
-        write_atomically(job / "result.json", json.dumps({"passed": False, "error": str(error)}))
+        write_failure(job, str(error))
         return 1
     except Exception as error:
         # A fault of ours or of the machine: said once, because the same input fails the same way.
         log.exception("the job failed")
-        why = f"{type(error).__name__}: {error}; log.txt says where"
-        write_atomically(job / "result.json", json.dumps({"passed": False, "error": why}))
+        write_failure(job, f"{type(error).__name__}: {error}; log.txt says where")
         return 1
     log.info("gate %s: %s", "passed" if result["passed"] else "failed", result["checks"])
     return 0

@@ -232,16 +232,17 @@ class Curator:
         )
 
     def _consider(self, jobs: list[Job]) -> None:
-        used, _ = job_rules.used(jobs, self._alive())
+        alive = self._alive()
+        used, last = job_rules.used(jobs, alive)
         fresh = self._fresh(used)
         self._metrics.unlearned.labels(self._channel).set(len(fresh))
-        decision = decide(self._situation(jobs, len(fresh)), self._config.policy)
+        decision = decide(self._situation(jobs, alive, len(fresh)), self._config.policy)
         kind = re.sub(r"\d+", "", decision.reason)
         if kind != self._reason:  # the numbers in it grow with every demonstration
             log.info("policy: %s", decision.reason)
             self._reason = kind
         if decision.adapt:
-            self._adapt(jobs, fresh)
+            self._adapt(used, last, fresh)
 
     def _alive(self) -> set[int]:
         """Versions that were not withdrawn."""
@@ -261,7 +262,7 @@ class Curator:
         newest = [d for d in job_rules.newest_each(rows, taken) if job_rules.shown(d) not in held]
         return job_rules.lessons(newest, alarms)
 
-    def _situation(self, jobs: list[Job], fresh: int) -> Situation:
+    def _situation(self, jobs: list[Job], alive: set[int], fresh: int) -> Situation:
         rollout = self._driver.state(self._channel)
         devices = {d.device: d.student for d in self._evidence.devices(self._channel)}
         # A commit is told to the rollout first; the birth that says so here may come after it.
@@ -272,13 +273,17 @@ class Curator:
         busy = f"rollout of release {rollout.version}" if rollout.phase in unfinished else ""
         last = jobs[-1] if jobs else None
         failed = 0
-        if last is not None and last.version not in self._alive():
+        if last is not None and last.version not in alive:
             # Its gate refused it, or people did: the same evidence would lead to the same again.
             failed = len(last.evidence.learn) + len(last.evidence.held_out)
         return Situation(len(devices), len(drifted), fresh, busy, failed)
 
-    def _adapt(self, jobs: list[Job], fresh: list[device_pb2.Demonstration]) -> None:
-        used, last = job_rules.used(jobs, self._alive())
+    def _adapt(
+        self,
+        used: job_rules.Evidence,
+        last: Job | None,
+        fresh: list[device_pb2.Demonstration],
+    ) -> None:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
         learn, held = job_rules.split(fresh)

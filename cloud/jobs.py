@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from cloud.adapt import Spec, write_atomically
+from cloud.adapt import Spec, write_atomically, write_failure
 from edge.delta.files import storage_errors
 from edge.process import PARENT
 from protos.prompt import Message, Shown
@@ -97,7 +97,7 @@ class Job:
 
     def failed(self, why: str) -> None:
         """Note that it came to no result."""
-        write_atomically(self.folder / "result.json", json.dumps({"passed": False, "error": why}))
+        write_failure(self.folder, why)
 
 
 class Jobs:

@@ -101,7 +101,7 @@ def bars(n: Numbers) -> list[Bar]:
     """What the demo promises (README), against what it showed."""
     alarm, share = n["commands_to_alarm"], n["delta_bytes"] / n["full_bytes"]
     first_a = n["skill_a_before"]
-    least_a, minutes = n["skill_a_before"] - A_LOSS, n["wall_seconds"] / 60
+    least_a, minutes = first_a - A_LOSS, n["wall_seconds"] / 60
     false = n["false_alarms_before_shift"]
     found = alarm is not None and alarm <= TO_ALARM
     b, later_b, later_a = n["skill_b_before"], n["skill_b_after"], n["skill_a_after"]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from cloud.demo.commands import sample
 from cloud.demo.people import exact_match
-from edge.student.bundle import digest
 from edge.student.runtime import Student
 
 if TYPE_CHECKING:
@@ -252,10 +251,10 @@ class Story:
         right = count = 0
         asked: dict[str, list[Command]] = {}
         served: dict[str, Path] = {}
+        digests = await asyncio.to_thread(self._town.digests)
         for household, script in self._homes:  # devices with equal files share a session
-            folder = self._town.serving(household)
-            content = await asyncio.to_thread(digest, folder)
-            served[content] = folder
+            content = digests[household.device]
+            served[content] = self._town.serving(household)
             asked.setdefault(content, []).extend(script.tests[skill])
         total = sum(map(len, asked.values()))
         with self._bar(f"{name}: unseen {skill} commands", total) as task:

@@ -13,6 +13,7 @@ import httpx
 from cloud.demo.people import Asked, Household
 from cloud.demo.processes import DemoError, Processes, free_address
 from cloud.jobs import Jobs
+from cloud.releases.store import WEIGHTS
 from edge.student.bundle import digest
 from protos import grpc_options
 from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 CHANNEL = "home"
 _WATCH_S = 0.5
-WEIGHTS = "weights.bin"
 
 
 @dataclass(frozen=True)
