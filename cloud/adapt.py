@@ -2,14 +2,16 @@
 
 ``python -m cloud.adapt JOB`` reads ``JOB/spec.json`` and writes ``JOB/progress.json`` as it goes
 and ``JOB/result.json`` at the end. A process of its own keeps the service answering while two
-cores learn, gives its memory back, and may be killed at any time: run again, it starts over from
-the same input and, with the same seed, comes to the same result.
+cores learn, gives its memory back, and may be killed at any time: run again, it goes on from its
+last checkpoint and comes to the same result.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import resource
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +24,10 @@ from tokenizers import Tokenizer
 
 from cloud.gate import gate
 from cloud.learners import prompts
-from cloud.learners.model import Example, SplitModel, Upper
-from cloud.learners.sdft import Lesson, Sdft, SdftConfig, StepReport, Target, keep
+from cloud.learners.config import LearnerConfig
+from cloud.learners.course import Control, Course, Lesson, Outcome, StepReport
+from cloud.learners.learner import learn as learn_course
+from cloud.learners.model import Example, SplitModel
 from cloud.students.export import write_back
 from cloud.students.importer import ANSWERS
 from edge.delta.files import write_atomic
@@ -33,12 +37,15 @@ from protos.errors import AnabranchError, TrainingError
 from protos.prompt import Message, Shown, chat, render
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 log = logging.getLogger("anabranch.adapt")
 
-# Shown twice, a demonstration is copied by the teacher always, shown once in nine cases of ten.
-_TEACHER_SHOWN = 2
+# The teacher's prompt of the paper (Shenfeld et al., arXiv 2601.19897, section 3).
+_PROSE = (
+    "{request}\n\nThis is an example for a response to the question:\n{answer}\n\n"
+    "Now answer with a response of your own, including the thinking process:"
+)
 _LONGEST = 1024  # tokens of a demonstration as the teacher sees it; memory grows with the square
 
 
@@ -58,9 +65,8 @@ class Spec:
     held_out: tuple[Shown, ...]
     replay: tuple[Shown, ...]
     earlier: tuple[Shown, ...]
-    split_share: float = 0.5
     threads: int = 2
-    learner: SdftConfig = field(default_factory=SdftConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: gate.GateConfig = field(default_factory=gate.GateConfig)
 
     def to_json(self) -> str:
@@ -76,7 +82,7 @@ class Spec:
         raw["learnt"] = Path(raw["learnt"]) if raw["learnt"] else None
         for name in ("train", "held_out", "replay", "earlier"):
             raw[name] = tuple(_shown(r) for r in raw[name])
-        raw["learner"] = SdftConfig(**raw["learner"])
+        raw["learner"] = LearnerConfig.from_json(raw["learner"])
         raw["gate"] = gate.GateConfig(**raw["gate"])
         return cls(**raw)
 
@@ -141,12 +147,20 @@ class Encoder:
             prefix = ()
         return Example(prefix, whole[len(prefix) :], (*self._ids(answer), self._eos))
 
-    def lesson(self, shown: Shown) -> Lesson:
-        """A demonstration as student and teacher see it."""
-        return Lesson(
-            self.example(shown.messages, shown.answer),
-            self.example(shown.messages, shown.answer, [shown] * _TEACHER_SHOWN),
-        )
+    def lesson(self, shown: Shown, config: LearnerConfig) -> Lesson:
+        """A demonstration as student and teacher see it.
+
+        Shown twice as turns, the teacher copies it always; shown once, in nine cases of ten; from
+        prose, a model of 135M never does.
+        """
+        student = self.example(shown.messages, shown.answer)
+        if config.teacher_prompt == "turns":
+            teacher = self.example(shown.messages, shown.answer, [shown] * config.shown)
+        else:
+            *before, last = shown.messages
+            asked = Message(last.role, _PROSE.format(request=last.content, answer=shown.answer))
+            teacher = self.example((*before, asked), shown.answer)
+        return Lesson(student, teacher)
 
 
 def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
@@ -164,8 +178,8 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     torch.set_num_threads(spec.threads)
     progress = Progress(job / "progress.json", clock)
     began = clock()
-    learnt = learn(spec, progress)
-    seconds = clock() - began
+    outcome = learn(spec, Control(clock, _report(progress), _phase(progress), job))
+    learnt, seconds = outcome.parameters, clock() - began
     progress("write the student", 0.8)
     save_file(_contiguous(learnt), job / "learnt.safetensors")
     candidate, general = job / "candidate", _said(spec)
@@ -191,7 +205,14 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
         "checks": verdict.to_json(),
         "student": digest(candidate),
         "changed_codes": changed,
+        "method": outcome.method,
+        "steps": outcome.steps,
+        "stopped": outcome.stopped,
+        "teacher": None if outcome.worth is None else asdict(outcome.worth),
         "sdft_seconds": round(seconds, 2),
+        "scoring_seconds": round(outcome.scoring_seconds, 2),
+        "step_seconds": round(statistics.median(outcome.step_seconds or [0.0]), 3),
+        "peak_mb": peak_mb(),
         "left_out": left_out,
         "canaries": [
             {"messages": [asdict(m) for m in d.messages], "answer": said.get(d, "")}
@@ -212,7 +233,7 @@ def fitting(spec: Spec) -> Spec:
     encoder = _encoder(spec.current)
 
     def fits(demonstration: Shown) -> bool:
-        lesson = encoder.lesson(demonstration)
+        lesson = encoder.lesson(demonstration, spec.learner)
         answer = max(harness.max_tokens, len(lesson.student.answer))
         asked = len(lesson.student.prefix) + len(lesson.student.prompt)
         return asked + answer <= context and len(lesson.teacher.tail) <= _LONGEST
@@ -226,42 +247,65 @@ def fitting(spec: Spec) -> Spec:
     )
 
 
-def learn(spec: Spec, progress: Progress) -> dict[str, torch.Tensor]:
+def peak_mb() -> float:
+    """The most memory that this process had so far, in MB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+
+
+def _phase(progress: Progress) -> Callable[[str, float], None]:
+    return lambda name, part: progress(name, 0.02 + 0.18 * part)
+
+
+def _report(progress: Progress) -> Callable[[StepReport], None]:
+    def report(seen: StepReport) -> None:
+        progress(
+            f"learn, step {seen.step}", 0.2 + 0.6 * seen.fraction, loss=seen.loss, cut=seen.cut
+        )
+
+    return report
+
+
+def learn(spec: Spec, control: Control) -> Outcome:
     """Train on a spec's demonstrations; all parameters that differ from the imported model."""
-    progress("load the masters", 0.0)
+    control.phase("load the masters", 0.0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learnt = load_file(spec.learnt) if spec.learnt else {}
-    model = _split(spec, device)
-    teacher = model.copy_upper()
-    anchors = _anchors(spec, model, teacher, progress)
-    if learnt:
-        # Teacher and anchors are the model first imported, so they came before these weights.
-        parameters = model.trainable()
-        for name, value in learnt.items():
-            parameters[name].data.copy_(value)
-    progress("read the demonstrations", 0.08)
-    encoder = _encoder(spec.current)
-    lessons = [encoder.lesson(d) for d in spec.train]
-    replay = [encoder.example(d.messages, d.answer) for d in spec.replay]
-    learner = Sdft(
-        model, lessons, teacher=teacher, replay=replay, anchors=anchors, config=spec.learner
+    model = open_model(spec, learnt, device)
+    outcome = learn_course(
+        model,
+        course(spec),
+        spec.learner,
+        control,
+        end=read_config(spec.current)["eos"][0],
+        learnt=learnt,
     )
-
-    def report(seen: StepReport) -> None:
-        fraction = 0.2 + 0.6 * seen.step / seen.steps
-        progress(f"learn {seen.step}/{seen.steps}", fraction, loss=seen.loss, cut=seen.cut)
-
-    return learnt | {name: value.cpu() for name, value in learner.learn(report).items()}
+    new = {name: value.cpu() for name, value in outcome.parameters.items()}
+    return replace(outcome, parameters=learnt | new)
 
 
-def _split(spec: Spec, device: torch.device) -> SplitModel:
+def open_model(
+    spec: Spec, learnt: Collection[str] = (), device: torch.device | None = None
+) -> SplitModel:
+    """The imported model, cut where the learner's layers begin.
+
+    What was ``learnt`` below them is not cut off: weights of the release before go there.
+    """
     from transformers import LlamaForCausalLM  # noqa: PLC0415  # seconds that the service saves
 
     model = LlamaForCausalLM.from_pretrained(
         spec.masters, dtype=torch.float32, local_files_only=True
     )
-    layers = model.config.num_hidden_layers
-    return SplitModel(model, split=round(layers * spec.split_share), device=device)
+    layers, (first, last) = model.config.num_hidden_layers, spec.learner.layers
+    before = [int(n.split(".")[2]) for n in learnt if n.startswith("model.layers.")]
+    begin = round(layers * first)
+    return SplitModel(
+        model,
+        split=min([begin, *before]),
+        begin=begin,
+        end=round(layers * last),
+        embeddings=spec.learner.embeddings,
+        device=device or torch.device("cpu"),
+    )
 
 
 def _encoder(bundle: Path, system: str | None = None) -> Encoder:
@@ -278,24 +322,30 @@ def _said(spec: Spec) -> dict[str, str]:
     return answers
 
 
-def _anchors(
-    spec: Spec, model: SplitModel, base: Upper, progress: Progress
-) -> list[tuple[Example, Target]]:
-    """What the base says by itself, with its distributions; needs no data set.
+def course(spec: Spec) -> Course:
+    """A spec's demonstrations in tokens, with the anchors."""
+    encoder = _encoder(spec.current)
+    return Course(
+        lessons=tuple(encoder.lesson(d, spec.learner) for d in spec.train),
+        held_out=tuple(encoder.lesson(d, spec.learner) for d in spec.held_out),
+        replay=tuple(encoder.example(d.messages, d.answer) for d in spec.replay),
+        anchors=tuple(_anchors(spec)) if spec.learner.anchor_batch else (),
+    )
+
+
+def _anchors(spec: Spec) -> list[Example]:
+    """What the base says by itself; needs no data set.
 
     Its own answers to general prompts, and how it repeats what it was just shown: working memory
     lives on that, and a skill that is learnt without it takes it away.
     """
-    if not spec.learner.anchor_batch:
-        return []
-    progress("score the anchors", 0.05)
     encoder, said = _encoder(spec.base, prompts.SYSTEM), _said(spec)
     examples = [encoder.example([Message("user", p)], said[p]) for p in prompts.ANCHOR if said[p]]
     encoder = _encoder(spec.current)
     for request, answer in prompts.SHOWN:
         shown = Shown((Message("user", request),), answer)
         examples.append(encoder.example(shown.messages, answer, [shown]))
-    return list(zip(examples, keep(model, base, examples), strict=True))
+    return examples
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

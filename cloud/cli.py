@@ -103,7 +103,13 @@ def cloud(
     demonstrations: Annotated[
         int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
+    learner: Annotated[
+        str, typer.Option(help="How to learn: sdft, sft-anchored, ... (docs/learning.md).")
+    ] = "sdft",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 55,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")
+    ] = 0,
     min_new: Annotated[
         float, typer.Option(min=0, max=1, help="Share of held-out corrections to answer exactly.")
     ] = 0.5,
@@ -116,12 +122,12 @@ def cloud(
     from cloud import service  # noqa: PLC0415  # a device has no torch
     from cloud.curator import CuratorConfig  # noqa: PLC0415  # as above
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
-    from cloud.learners.sdft import SdftConfig  # noqa: PLC0415  # as above
+    from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
 
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
-        learner=SdftConfig(steps=steps),
+        learner=LearnerConfig.named(learner, steps=steps, budget_seconds=budget),
         gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
         threads=threads,
     )

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from cloud import jobs as job_rules
 from cloud.adapt import Spec
 from cloud.gate.gate import GateConfig
-from cloud.learners.sdft import SdftConfig
+from cloud.learners.config import LearnerConfig
 from cloud.policy import PolicyConfig, Situation, decide
 from cloud.releases.store import WEIGHTS
 from edge.student.bundle import sha256_file
@@ -49,7 +49,7 @@ class CuratorConfig:
     """
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    learner: SdftConfig = field(default_factory=SdftConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     threads: int = 2
     probe_equal_share: float = 0.6

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from cloud.learners.lora import LoraLinear, adapt
+from protos.errors import TrainingError
 
-    from transformers import LlamaForCausalLM
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import GenerationConfig, LlamaForCausalLM
 
 _ENCODE_TOKENS = 512  # rows of one matrix product when the frozen layers read fresh sequences
 
@@ -44,25 +47,41 @@ class Example:
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences in one row: hidden states [1, tokens, width], positions, mask, answer rows."""
+    """Sequences in one row: token ids, their hidden states [1, tokens, width], mask, answer rows.
 
-    hidden: torch.Tensor
+    ``hidden`` is what the frozen layers made of the ids; None where even the embeddings learn.
+    """
+
+    ids: torch.Tensor
+    hidden: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor]
     mask: torch.Tensor
     rows: torch.Tensor
 
 
 class Upper(nn.Module):
-    """The layers that learn, with the final norm."""
+    """The layers from the first that learns, with the final norm, and embeddings if they learn."""
 
-    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        norm: nn.Module,
+        embed: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.embed = embed
+        self.head = head
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Normalised hidden states [answer tokens, width] at the packed rows."""
-        hidden = _run(self.layers, packed.hidden, packed.mask, packed.rotary)
+        hidden = packed.hidden
+        if hidden is None:
+            assert self.embed is not None  # noqa: S101  # packed for a model whose embeddings learn
+            hidden = self.embed(packed.ids)[None]
+        hidden = _run(self.layers, hidden, packed.mask, packed.rotary)
         normed: torch.Tensor = self.norm(hidden[0, packed.rows])
         return normed
 
@@ -84,21 +103,38 @@ class SplitModel:
 
     Args:
         model: in fp32; it is taken over, and its upper layers are trained in place.
-        split: how many layers stay frozen, counted from the input.
+        split: how many layers stay frozen for certain, counted from the input.
         device: where to compute.
+        begin: the first layer that learns, at least ``split``; None: that one.
+        end: the layers from here on stay frozen too; None: all from ``begin`` on learn.
+        embeddings: embeddings and head learn as well; then ``split`` is 0.
     """
 
-    def __init__(self, model: LlamaForCausalLM, *, split: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        *,
+        split: int,
+        device: torch.device,
+        begin: int | None = None,
+        end: int | None = None,
+        embeddings: bool = False,
+    ) -> None:
         model.requires_grad_(requires_grad=False)
         nn.Module.to(model, device)
         inner = model.model
         self.device = device
         self.split = split
+        self._whole = model
         self._embed = inner.embed_tokens
         self._lower = list(inner.layers[:split])
         self._rotary = inner.rotary_emb
         self._head = model.lm_head
-        self.upper = Upper(list(inner.layers[split:]), inner.norm)
+        learning = (inner.embed_tokens, model.lm_head) if embeddings else ()
+        self.upper = Upper(list(inner.layers[split:]), inner.norm, *learning)
+        last = len(inner.layers) if end is None else end
+        self._learning = range((split if begin is None else begin) - split, last - split)
+        self._rank = 0
         self._prefixes: dict[tuple[int, ...], torch.Tensor] = {}
         self._tails: dict[tuple[tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
 
@@ -106,20 +142,93 @@ class SplitModel:
         """A frozen copy of the upper layers as they are now."""
         return copy.deepcopy(self.upper).requires_grad_(requires_grad=False)
 
-    def trainable(self) -> dict[str, torch.Tensor]:
-        """Learnt parameters by their name in the whole model."""
-        state: dict[str, torch.Tensor] = {}
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over weights by their name in the whole model.
+
+        Raises:
+            TrainingError: one of them is not among the upper layers, or has another shape.
+        """
+        upper = self._named()
+        for name, value in state.items():
+            if name not in upper or upper[name].shape != value.shape:
+                msg = f"{name} was learnt before and cannot be gone on from: check `layers`"
+                raise TrainingError(msg)
+            upper[name].data.copy_(value)
+
+    def add_adapters(self, rank: int, alpha: float, seed: int) -> None:
+        """Give the linear maps of the layers that learn adapters: only these learn then."""
+        generator = torch.Generator().manual_seed(seed)
+        for i in self._learning:
+            adapt(self.upper.layers[i], rank=rank, scale=alpha / rank, generator=generator)
+        self._rank = rank
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that an optimizer may change, by their name in the upper layers."""
+        learning = tuple(f"layers.{i}." for i in self._learning)
+        last = self._learning.stop == len(self.upper.layers)
+        outside = ("embed.", "head.", "norm.") if last else ("embed.", "head.")
+        chosen: dict[str, nn.Parameter] = {}
         for name, value in self.upper.named_parameters():
-            if name.startswith("layers."):
-                _, index, rest = name.split(".", 2)
-                state[f"model.layers.{int(index) + self.split}.{rest}"] = value
-            else:
-                state[f"model.{name}"] = value
-        return state
+            inside = name.startswith(learning)
+            if self._rank:
+                if inside and name.endswith((".up", ".down")):
+                    chosen[name] = value
+            elif inside or name.startswith(outside):
+                chosen[name] = value
+        return chosen
+
+    def learnt(self) -> dict[str, torch.Tensor]:
+        """What learning may have changed, by name in the whole model, adapters merged."""
+        if not self._rank:
+            return {self._name(name): p.detach() for name, p in self.trainable().items()}
+        return {
+            self._name(f"{name}.weight"): module.merged()
+            for name, module in self.upper.named_modules()
+            if isinstance(module, LoraLinear)
+        }
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {self._name(name): value for name, value in self.upper.named_parameters()}
+
+    def _name(self, name: str) -> str:
+        """The whole model's name of a parameter of the upper layers."""
+        name = name.replace(".base.weight", ".weight")
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            return f"model.layers.{int(index) + self.split}.{rest}"
+        if name.startswith("embed."):
+            return f"model.embed_tokens.{name.removeprefix('embed.')}"
+        return f"lm_{name}" if name.startswith("head.") else f"model.{name}"
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[Example], *, temperature: float, cap: int, end: int, seed: int
+    ) -> list[tuple[int, ...]]:
+        """One sampled answer to each prompt, with its end token unless ``cap`` cut it."""
+        texts = [torch.tensor([*p.prefix, *p.prompt]) for p in prompts]
+        longest = max(len(t) for t in texts)
+        ids = torch.full((len(texts), longest), end)
+        seen = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, longest - len(text) :] = text
+            seen[row, longest - len(text) :] = 1
+        torch.manual_seed(seed)
+        out = self._whole.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=seen.to(self.device),
+            generation_config=_generation(temperature, cap, end),
+        )
+        answers = []
+        for row in out[:, longest:].tolist():
+            length = row.index(end) + 1 if end in row else len(row)
+            answers.append(tuple(row[:length]))
+        return answers
 
     @torch.no_grad()
     def encode(self, sequences: Sequence[Example]) -> None:
         """Run the frozen layers over sequences not seen before and keep the result."""
+        if self.upper.embed is not None:
+            return
         fresh = {(s.prefix, s.tail): s for s in sequences if (s.prefix, s.tail) not in self._tails}
         batch: list[Example] = []
         for sequence in fresh.values():
@@ -134,7 +243,8 @@ class SplitModel:
         places = _places(batch)
         ids = torch.tensor([t for part in places for t in part.tokens], device=self.device)
         hidden = self._embed(ids)[None]
-        hidden = _run(self._lower, hidden, _mask(places, self.device), self._tables(places, hidden))
+        mask = _mask(places, self.device)
+        hidden = _run(self._lower, hidden, mask, self._tables(places))
         for part in places:
             kept = hidden[0, part.start : part.start + len(part.tokens)].clone()
             if part.is_prefix:
@@ -142,39 +252,60 @@ class SplitModel:
             else:
                 self._tails[part.prefix, part.tokens] = kept
 
-    def pack(self, sequences: Sequence[Example]) -> Packed:
-        """Lay sequences behind one another; equal prefixes are laid once."""
-        self.encode(sequences)
+    def pack(self, sequences: Sequence[Example], *, keep: bool = True) -> Packed:
+        """Lay sequences behind one another; equal prefixes are laid once.
+
+        ``keep`` what the frozen layers make of them for the next time.
+        """
         places = _places(sequences)
-        hidden = torch.cat(
-            [
-                self._prefixes[p.tokens] if p.is_prefix else self._tails[p.prefix, p.tokens]
-                for p in places
-            ]
-        )[None]
+        ids = torch.tensor([t for p in places for t in p.tokens], device=self.device)
+        mask, rotary = _mask(places, self.device), self._tables(places)
+        hidden: torch.Tensor | None = None
+        if self.upper.embed is None and keep:
+            self.encode(sequences)
+            hidden = torch.cat(
+                [
+                    self._prefixes[p.tokens] if p.is_prefix else self._tails[p.prefix, p.tokens]
+                    for p in places
+                ]
+            )[None]
+        elif self.upper.embed is None:
+            with torch.no_grad():
+                hidden = _run(self._lower, self._embed(ids)[None], mask, rotary)
         tails = [p for p in places if not p.is_prefix]
         rows = [
             part.start + i
             for part, sequence in zip(tails, sequences, strict=True)
             for i in range(len(sequence.prompt) - 1, len(part.tokens))
         ]
-        return Packed(
-            hidden,
-            self._tables(places, hidden),
-            _mask(places, self.device),
-            torch.tensor(rows, device=self.device),
-        )
+        return Packed(ids, hidden, rotary, mask, torch.tensor(rows, device=self.device))
 
-    def _tables(
-        self, places: Sequence[_Place], hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(self, places: Sequence[_Place]) -> tuple[torch.Tensor, torch.Tensor]:
         positions = [p.position + i for p in places for i in range(len(p.tokens))]
-        cos, sin = self._rotary(hidden, torch.tensor([positions], device=self.device))
+        like = self._head.weight[:1]
+        cos, sin = self._rotary(like, torch.tensor([positions], device=self.device))
         return cos, sin
 
-    def log_probs(self, upper: Upper, sequences: Sequence[Example]) -> torch.Tensor:
+    def log_probs(
+        self, upper: Upper, sequences: Sequence[Example], *, keep: bool = True
+    ) -> torch.Tensor:
         """Log-probabilities [answer tokens of all sequences, vocabulary], in nats."""
-        return torch.log_softmax(self._head(upper(self.pack(sequences))), dim=-1)
+        head = self._head if upper.head is None else upper.head
+        return torch.log_softmax(head(upper(self.pack(sequences, keep=keep))), dim=-1)
+
+
+def _generation(temperature: float, cap: int, end: int) -> GenerationConfig:
+    from transformers import GenerationConfig  # noqa: PLC0415  # seconds that others save
+
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=cap,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud.adapt import Spec
-from cloud.learners.sdft import SdftConfig
+from cloud.learners.config import LearnerConfig
 from protos.harness import Harness
 from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
@@ -75,7 +75,7 @@ def spec(**fields: Any) -> Spec:  # noqa: ANN401
         "replay": (),
         "earlier": (),
         "threads": 1,
-        "learner": SdftConfig(steps=2, batch=2),
+        "learner": LearnerConfig(steps=2, batch=2),
     }
     return Spec(**given | fields)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cloud import adapt
 from cloud.adapt import Spec
 from cloud.gate.gate import GateConfig
-from cloud.learners.sdft import SdftConfig
+from cloud.learners.config import LearnerConfig
 from edge.process import PARENT
 from edge.student.bundle import digest
 from edge.student.runtime import Decoding, Student
@@ -42,10 +42,10 @@ shown_ones = st.builds(
 @given(
     st.lists(shown_ones).map(tuple),
     st.none() | st.just(Path("/learnt.safetensors")),
-    st.builds(SdftConfig, steps=st.integers(1, 9), learning_rate=st.floats(1e-9, 1)),
+    st.builds(LearnerConfig, steps=st.integers(1, 9), learning_rate=st.floats(1e-9, 1)),
 )
 def test_a_spec_survives_its_file(
-    given_: tuple[Shown, ...], learnt: Path | None, learner: SdftConfig
+    given_: tuple[Shown, ...], learnt: Path | None, learner: LearnerConfig
 ) -> None:
     whole = spec(train=given_, replay=given_, earlier=given_, learnt=learnt, learner=learner)
     assert Spec.from_json(whole.to_json()) == whole

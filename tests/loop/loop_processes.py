@@ -26,7 +26,7 @@ from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
 from cloud.gate.gate import GateConfig
 from cloud.jobs import Jobs
-from cloud.learners.sdft import SdftConfig
+from cloud.learners.config import LearnerConfig
 from cloud.policy import PolicyConfig
 from cloud.releases.keys import open_keys
 from cloud.service import CloudConfig, run
@@ -286,7 +286,7 @@ def cloud_config(options: Json) -> CloudConfig:
         metrics="127.0.0.1:0",
         curator=CuratorConfig(
             policy=PolicyConfig(demonstrations=options["demonstrations"]),
-            learner=SdftConfig(steps=4),
+            learner=LearnerConfig(steps=4),
             gate=gate,
             threads=1,
         ),

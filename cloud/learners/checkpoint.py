@@ -1,0 +1,129 @@
+"""Where a job goes on after SIGKILL: its weights, its optimizer and its dice, on disk.
+
+Two files in the job's folder. ``scores.pt`` holds what was scored before the first step;
+``checkpoint.pt`` the state after some step. Each is written whole or not at all, and carries a key
+of what it was made for: under another key it is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import torch
+
+from cloud.learners.targets import Target
+from edge.delta.files import AtomicFile
+from protos.errors import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from cloud.learners.config import LearnerConfig
+    from cloud.learners.course import Course
+
+log = logging.getLogger("anabranch.learners")
+
+_SCORES, _STATE = "scores.pt", "checkpoint.pt"
+
+
+def key_of(course: Course, config: LearnerConfig) -> str:
+    """Names a job by what decides its result."""
+    return hashlib.sha256(repr((course, config)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class State:
+    """A job after ``step`` steps and ``spent`` seconds.
+
+    ``tensors`` are named; ``optimizer`` is its ``state_dict``; ``dice`` what draws lessons.
+    """
+
+    step: int
+    spent: float
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    dice: dict[str, Any]
+    method: str
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """What torch wants of a file: the state goes to disk without a copy of it in memory."""
+
+    file: AtomicFile
+
+    def write(self, data: bytes) -> int:
+        self.file.write(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """The file is flushed when it is committed."""
+
+
+class Checkpoints:
+    """The files of one job.
+
+    Args:
+        folder: where they lie; None: nothing is kept.
+        key: what they are for.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._folder = folder
+        self._key = key
+
+    def save(self, state: State) -> None:
+        """Keep a state. A full disk costs the checkpoint, not the job: it is said in the log."""
+        self._write(_STATE, vars(state))
+
+    def load(self) -> State | None:
+        """The latest state, or None."""
+        raw = self._read(_STATE)
+        return None if raw is None else State(**raw)
+
+    def save_scores(self, scores: Mapping[str, Sequence[Target]]) -> None:
+        """Keep what was scored before the first step."""
+        self._write(_SCORES, {name: [t.state() for t in ts] for name, ts in scores.items()})
+
+    def load_scores(self) -> dict[str, list[Target]] | None:
+        """What was scored before, or None."""
+        raw = self._read(_SCORES)
+        if raw is None:
+            return None
+        return {name: [Target.from_state(t) for t in ts] for name, ts in raw.items()}
+
+    def remove(self) -> None:
+        """Delete both files: the job has its result."""
+        if self._folder is not None:
+            for name in (_SCORES, _STATE):
+                (self._folder / name).unlink(missing_ok=True)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        if self._folder is None:
+            return
+        try:
+            with AtomicFile(self._folder / name) as file:
+                writer = cast("IO[bytes]", _Writer(file))
+                torch.save({"key": self._key, "content": dict(content)}, writer)
+                file.commit()
+        except StorageError as error:
+            log.warning("no checkpoint, the one before stays: %s", error)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        if self._folder is None or not (self._folder / name).exists():
+            return None
+        try:
+            raw = torch.load(self._folder / name, weights_only=True, map_location="cpu")
+        except Exception as error:  # noqa: BLE001  # torch raises many kinds for a broken file
+            log.warning("%s cannot be read (%s): the job starts over", name, error)
+            return None
+        if raw.get("key") != self._key:
+            log.warning("%s is of another job: this one starts over", name)
+            return None
+        content: dict[str, Any] = raw["content"]
+        return content

@@ -1,0 +1,199 @@
+"""How a learner learns: one set of options, and named presets of it.
+
+A preset is a learner: ``LearnerConfig.named("sdft")`` is what the cloud uses, the others are its
+rivals, and ``sdft-paper`` is the recipe of the paper (Shenfeld et al., arXiv 2601.19897).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from protos.errors import InvalidInputError
+
+Method = Literal["sdft", "sft"]
+Divergence = Literal["forward", "reverse", "js"]
+Teacher = Literal["imported", "frozen", "ema", "current"]
+Rollouts = Literal["guided", "on-policy", "demonstration"]
+Schedule = Literal["plateau", "cosine"]
+Fallback = Literal["sft", "stop", "ignore"]
+Prompt = Literal["turns", "prose"]
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Options of one job of learning; the defaults are what measured best here (docs/learning.md).
+
+    What is learnt from a demonstration:
+
+    - ``method``: ``sdft`` pulls the student to a teacher that was shown the demonstration; ``sft``
+      is cross-entropy on the demonstration's answer.
+    - ``divergence``: forward KL(teacher||student), reverse, or generalized Jensen-Shannon with
+      ``js_beta`` the teacher's part of the mixture.
+    - ``top_k``: the teacher's most likely tokens kept, with one bucket for the rest; 0 is the full
+      vocabulary.
+    - ``teacher``: the model as it was ``imported``, the student ``frozen`` as the job found it, an
+      ``ema`` of the student with ``ema_rate`` a step, or the ``current`` student.
+    - ``teacher_prompt``: the demonstration as earlier ``turns`` of the chat, ``shown`` times, or in
+      the paper's ``prose``.
+    - ``rollouts``: answers that are scored: ``guided`` walks (a proposal stands from ``guidance``
+      of the teacher's best probability on), ``on-policy`` samples at ``temperature`` of at most
+      ``cap`` tokens, or the ``demonstration`` itself.
+    - ``skip``: first tokens of an answer that are not scored. ``mask_truncated``: an on-policy
+      sample that reached ``cap`` without an end counts for nothing.
+    - ``proximal``: where the target starts between student (0) and teacher (1) before it ramps to
+      the teacher; 1 is off (iSDFT). ``base_weight``: weight of KL(base||student) on the lessons.
+    - ``hint``: weight of cross-entropy at the start, falling to 0 at the end.
+    - ``fallback``: what to do where the teacher is not clearly better than the student: learn by
+      ``sft``, ``stop``, or ``ignore``.
+
+    What may change: ``layers`` are shares of the depth (0.5, 1.0: the upper half), ``embeddings``
+    trains them too (from layer 0 on only), ``rank`` above 0 trains low-rank adapters that are
+    merged into the weights, scaled by ``alpha / rank``.
+
+    Against forgetting: ``anchor_weight`` and ``anchor_batch`` (the base's own answers),
+    ``replay_weight`` and ``replay_batch`` (earlier demonstrations as the release before said them),
+    ``ewc`` (elastic weight consolidation's lambda).
+
+    Optimisation: AdamW, ``schedule`` (``plateau`` then a linear last third, or ``cosine``).
+    ``budget_seconds`` 0 is none; else the schedule follows the clock and ends in time.
+    ``row_tokens`` bounds memory: so many tokens are computed at once.
+    """
+
+    method: Method = "sdft"
+    divergence: Divergence = "forward"
+    js_beta: float = 0.5
+    top_k: int = 32
+    teacher: Teacher = "imported"
+    ema_rate: float = 0.01
+    teacher_prompt: Prompt = "turns"
+    shown: int = 2
+    rollouts: Rollouts = "guided"
+    guidance: float = 0.1
+    temperature: float = 1.0
+    cap: int = 128
+    skip: int = 0
+    mask_truncated: bool = True
+    proximal: float = 1.0
+    base_weight: float = 0.0
+    hint: float = 0.0
+    fallback: Fallback = "sft"
+
+    layers: tuple[float, float] = (0.5, 1.0)
+    embeddings: bool = False
+    rank: int = 0
+    alpha: float = 16.0
+
+    anchor_weight: float = 1.0
+    anchor_batch: int = 3
+    replay_weight: float = 1.0
+    replay_batch: int = 4
+    ewc: float = 0.0
+
+    steps: int = 55
+    batch: int = 8
+    learning_rate: float = 1.5e-4
+    warmup: int = 5
+    schedule: Schedule = "plateau"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    budget_seconds: float = 0.0
+    checkpoint_seconds: float = 60.0
+    row_tokens: int = 640
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            InvalidInputError: an option has an unknown value, or two do not go together.
+        """
+        kinds = {
+            "method": Method,
+            "divergence": Divergence,
+            "teacher": Teacher,
+            "teacher_prompt": Prompt,
+            "rollouts": Rollouts,
+            "fallback": Fallback,
+            "schedule": Schedule,
+        }
+        for name, kind in kinds.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                _refuse(f"{name} is {value!r}: choose from {', '.join(get_args(kind))}")
+        for name in ("steps", "batch", "row_tokens", "cap", "shown"):
+            if getattr(self, name) < 1:
+                _refuse(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        for name in ("js_beta", "guidance", "ema_rate", "proximal"):
+            if not 0 <= getattr(self, name) <= 1:
+                _refuse(f"{name} is {getattr(self, name)}: it lies between 0 and 1")
+        first, last = self.layers
+        if not 0 <= first < last <= 1:
+            _refuse(f"layers are {first}:{last}: shares of the depth, such as 0.5:1.0")
+        if self.embeddings and (first > 0 or self.rank):
+            _refuse("embeddings train only with all layers (0.0:1.0) and without a rank")
+        if self.learning_rate <= 0 or self.temperature <= 0:
+            _refuse("learning_rate and temperature are above 0")
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401  # any field's type
+        """A preset, with changes.
+
+        >>> LearnerConfig.named("sft", steps=3).steps
+        3
+
+        Raises:
+            InvalidInputError: there is no such preset or option.
+        """
+        if name not in PRESETS:
+            _refuse(f"no learner is named {name!r}: choose from {', '.join(PRESETS)}")
+        if unknown := set(changes) - {f.name for f in fields(cls)}:
+            _refuse(f"a learner has no option {', '.join(sorted(unknown))}")
+        return cls(**(PRESETS[name] | changes))
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Self:
+        """Options as ``json`` wrote ``dataclasses.asdict`` of them."""
+        return cls(**(raw | {"layers": tuple(raw["layers"])}))
+
+    @property
+    def scored_once(self) -> bool:
+        """Whether the teacher's word on a lesson stays what it is and is small enough to keep."""
+        fixed = self.teacher in {"imported", "frozen"} and self.rollouts != "on-policy"
+        return fixed and self.top_k > 0
+
+
+def _refuse(why: str) -> None:
+    raise InvalidInputError(why)
+
+
+_ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sdft": {},
+    "sft": {"method": "sft", **_ALONE},
+    "sft-replay": {"method": "sft", "anchor_batch": 0},
+    "sft-anchored": {"method": "sft"},
+    "lora": {"method": "sft", "rank": 16, "learning_rate": 5e-4, **_ALONE},
+    "ewc": {"method": "sft", "ewc": 1000.0, **_ALONE},
+    "isdft": {"proximal": 0.25, "base_weight": 2e-3},
+    "sdft-paper": {
+        "divergence": "forward",
+        "top_k": 0,
+        "teacher": "ema",
+        "ema_rate": 0.01,
+        "teacher_prompt": "prose",
+        "rollouts": "on-policy",
+        "temperature": 1.0,
+        "cap": 1024,
+        "skip": 3,
+        "layers": (0.0, 1.0),
+        "embeddings": True,
+        "schedule": "cosine",
+        "learning_rate": 2e-5,
+        "batch": 32,
+        "warmup": 10,
+        "fallback": "ignore",
+        **_ALONE,
+    },
+}
+"""Learners by name, as what differs from the default."""

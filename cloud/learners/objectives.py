@@ -1,0 +1,201 @@
+"""What is learnt from a lesson: a teacher's distribution (SDFT), or its answer's tokens (SFT)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from cloud.learners import targets
+from cloud.learners.rollouts import guided_walk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cloud.learners.config import LearnerConfig
+    from cloud.learners.course import Lesson
+    from cloud.learners.model import Example, SplitModel, Upper
+    from cloud.learners.targets import Target
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A lesson as one step sees it: the sequence that is scored, and what to learn there.
+
+    ``base`` is the imported model's word on the same tokens, if it is asked.
+    """
+
+    example: Example
+    target: Target | None = None
+    base: Target | None = None
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """One lesson's loss, mean over the answer's tokens in nats, and how its rollout went."""
+
+    loss: torch.Tensor
+    replaced: float = 0.0
+    cut: bool = False
+
+
+class Objective(Protocol):
+    """How lessons become a loss."""
+
+    def draw(self, picked: Sequence[int], step: int) -> list[Drawn]:
+        """The lessons with these numbers as step ``step`` learns from them."""
+
+    def loss(self, drawn: Drawn, ours: torch.Tensor, fraction: float) -> Part:
+        """Loss of one lesson.
+
+        Args:
+            drawn: as :meth:`draw` gave it.
+            ours: the student's log-probabilities [answer tokens, vocabulary].
+            fraction: of the job that is done, 0..1.
+        """
+
+    def after_step(self) -> None:
+        """Called when the weights have changed."""
+
+
+def cross_entropy(ours: torch.Tensor, answer: Sequence[int], skip: int = 0) -> torch.Tensor:
+    """Mean of ``-log p`` in nats over an answer's tokens, the first ``skip`` left out."""
+    ids = torch.tensor(answer, device=ours.device)[skip:, None]
+    return -ours[skip:].gather(1, ids).mean()
+
+
+class Sft:
+    """Supervised fine-tuning: cross-entropy on the demonstrated answer."""
+
+    def __init__(self, lessons: Sequence[Lesson]) -> None:
+        self._lessons = lessons
+
+    def draw(self, picked: Sequence[int], step: int) -> list[Drawn]:  # noqa: ARG002
+        """See :class:`Objective`."""
+        return [Drawn(self._lessons[i].student) for i in picked]
+
+    def loss(self, drawn: Drawn, ours: torch.Tensor, fraction: float) -> Part:  # noqa: ARG002
+        """See :class:`Objective`."""
+        return Part(cross_entropy(ours, drawn.example.answer))
+
+    def after_step(self) -> None:
+        """Nothing follows the weights."""
+
+
+class Sdft:
+    """Self-distillation (Shenfeld et al., arXiv 2601.19897).
+
+    Args:
+        model: whose upper layers are the student.
+        lessons: what is learnt.
+        config: divergence, rollouts, teacher.
+        teacher: upper layers that teach; None where ``scored`` says it all.
+        scored: the teacher's distribution along each demonstration, where it is fixed.
+        base: the imported model's along each demonstration without being shown it, or empty.
+        end: id of the token that ends an answer.
+    """
+
+    def __init__(
+        self,
+        model: SplitModel,
+        lessons: Sequence[Lesson],
+        config: LearnerConfig,
+        *,
+        teacher: Upper | None,
+        scored: Sequence[Target],
+        base: Sequence[Target],
+        end: int,
+    ) -> None:
+        self._model = model
+        self._lessons = lessons
+        self._config = config
+        self.teacher = teacher
+        self._scored = scored
+        self._base = base
+        self._end = end
+
+    def draw(self, picked: Sequence[int], step: int) -> list[Drawn]:
+        """See :class:`Objective`."""
+        config = self._config
+        lessons = [self._lessons[i] for i in picked]
+        counts = [True] * len(lessons)
+        if config.rollouts == "on-policy":
+            lessons, counts = self._on_policy(lessons, step)
+        if self._scored:
+            found = [self._scored[i] for i in picked]
+        else:
+            upper = self._model.upper if self.teacher is None else self.teacher
+            found = list(
+                targets.score(
+                    self._model,
+                    upper,
+                    [lesson.teacher for lesson in lessons],
+                    tokens=config.row_tokens,
+                    kept=config.top_k,
+                    keep=config.rollouts != "on-policy",
+                )
+            )
+        base = [self._base[i] for i in picked] if self._base else [None] * len(lessons)
+        return [
+            Drawn(lesson.student, target, b, counts=count)
+            for lesson, target, b, count in zip(lessons, found, base, counts, strict=True)
+        ]
+
+    def _on_policy(self, lessons: Sequence[Lesson], step: int) -> tuple[list[Lesson], list[bool]]:
+        config = self._config
+        answers = self._model.sample(
+            [lesson.student for lesson in lessons],
+            temperature=config.temperature,
+            cap=config.cap,
+            end=self._end,
+            seed=config.seed * 1_000_003 + step,
+        )
+        own = [
+            replace(
+                lesson,
+                student=replace(lesson.student, answer=answer),
+                teacher=replace(lesson.teacher, answer=answer),
+            )
+            for lesson, answer in zip(lessons, answers, strict=True)
+        ]
+        counts = [
+            len(a) > config.skip and (a[-1] == self._end or not config.mask_truncated)
+            for a in answers
+        ]
+        return own, counts
+
+    def loss(self, drawn: Drawn, ours: torch.Tensor, fraction: float) -> Part:
+        """See :class:`Objective`."""
+        config, target = self._config, drawn.target
+        assert target is not None  # noqa: S101  # draw gave one
+        if not drawn.counts:
+            return Part(0 * ours.sum())
+        answer = drawn.example.answer
+        walked, replaced, cut = len(answer), 0.0, False
+        if config.rollouts == "guided":
+            with torch.no_grad():
+                walk = guided_walk(ours, target, answer, config.guidance)
+            walked, replaced, cut = walk.walked, walk.replaced, walk.cut
+        teacher, student = target.whole, target.see(ours)
+        if config.proximal < 1:
+            strength = config.proximal + (1 - config.proximal) * fraction
+            teacher = targets.between(student.detach(), teacher, strength)
+        tokens = targets.divergence(config.divergence, teacher, student, config.js_beta)
+        loss = tokens[min(config.skip, walked - 1) : walked].mean()
+        if drawn.base is not None:
+            loss = loss + config.base_weight * drawn.base.kl(ours).mean()
+        if hint := config.hint * (1 - fraction):
+            loss = (1 - hint) * loss + hint * cross_entropy(ours, answer, config.skip)
+        return Part(loss, replaced, cut)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move an averaged teacher a little to the student, in fp32."""
+        if self._config.teacher != "ema" or self.teacher is None:
+            return
+        theirs = dict(self.teacher.named_parameters())
+        for name, value in self._model.upper.named_parameters():
+            if value.requires_grad:
+                theirs[name].lerp_(value.detach(), self._config.ema_rate)

@@ -1,0 +1,109 @@
+"""What is scored once, before the first step: all distributions that stay as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cloud.learners import targets
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from cloud.learners.checkpoint import Checkpoints
+    from cloud.learners.config import LearnerConfig
+    from cloud.learners.course import Control, Course
+    from cloud.learners.model import Example, SplitModel, Upper
+    from cloud.learners.targets import Target
+
+_NAMES = ("anchors", "replay", "teacher", "base", "held_teacher", "held_student")
+
+# Read once: what the frozen layers made of them is not kept.
+_ONCE = frozenset({"teacher", "held_teacher", "held_student"})
+
+
+def score_all(
+    model: SplitModel,
+    course: Course,
+    config: LearnerConfig,
+    control: Control,
+    files: Checkpoints,
+    learnt: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, list[Target]], Upper | None]:
+    """Score a course, and load the release before.
+
+    The imported model speaks first (``anchors``; ``teacher`` and ``held_teacher`` if it teaches;
+    ``base``: the lessons without being shown them). Then ``learnt`` is loaded, and the student as
+    the job finds it speaks (``replay``, ``held_student``). Kept scores are not made again.
+
+    Returns:
+        Distributions by name, empty lists where none are needed; and a copy of the imported upper
+        layers where they go on teaching.
+    """
+    # Always first and in this order, whether the job is new or goes on: how sequences are packed
+    # changes their last bits, and Adam makes much of little.
+    model.encode([*(lesson.student for lesson in course.lessons), *course.replay, *course.anchors])
+    found = files.load_scores()
+    if found is None:
+        early, late = _wanted(course, config)
+        scoring = _Scoring(model, config, control, [*early.values(), *late.values()])
+        scoring.run(early)
+    teaches = config.method == "sdft" and config.teacher == "imported" and not config.scored_once
+    imported = model.copy_upper() if teaches else None
+    model.load(learnt)
+    if found is None:
+        scoring.run(late)
+        found = scoring.found
+        files.save_scores(found)
+    return found, imported
+
+
+def _wanted(
+    course: Course, config: LearnerConfig
+) -> tuple[dict[str, Sequence[Example]], dict[str, Sequence[Example]]]:
+    """What is scored by the imported model, and what by the student as the job finds it."""
+    early: dict[str, Sequence[Example]] = {"anchors": course.anchors if config.anchor_batch else ()}
+    late: dict[str, Sequence[Example]] = {"replay": course.replay if config.replay_batch else ()}
+    if config.method == "sdft":
+        teaching = early if config.teacher == "imported" else late
+        if config.scored_once:
+            teaching["teacher"] = [lesson.teacher for lesson in course.lessons]
+        if config.fallback != "ignore":
+            teaching["held_teacher"] = [lesson.teacher for lesson in course.held_out]
+            late["held_student"] = [lesson.student for lesson in course.held_out]
+        if config.base_weight:
+            early["base"] = [lesson.student for lesson in course.lessons]
+    return early, late
+
+
+class _Scoring:
+    def __init__(
+        self,
+        model: SplitModel,
+        config: LearnerConfig,
+        control: Control,
+        groups: Sequence[Sequence[Example]],
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._control = control
+        self._total = sum(example.length for group in groups for example in group)
+        self._done = 0
+        self.found: dict[str, list[Target]] = {name: [] for name in _NAMES}
+
+    def run(self, wanted: Mapping[str, Sequence[Example]]) -> None:
+        for name, examples in wanted.items():
+            scored = targets.score(
+                self._model,
+                self._model.upper,
+                examples,
+                tokens=self._config.row_tokens,
+                kept=self._config.top_k if name == "teacher" else targets.KEPT,
+                keep=name not in _ONCE,
+            )
+            for example, target in zip(examples, scored, strict=True):
+                self.found[name].append(target)
+                self._done += example.length
+                phase = f"score {name.replace('_', ' ')}"
+                self._control.phase(phase, self._done / self._total)

@@ -1,0 +1,171 @@
+"""Killed, resumed, out of time, diverged, on a full disk: a job keeps what it has."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from protos.errors import StorageError, TrainingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cloud.learners.course import StepReport
+    from tests.learners.learner_course import run, small
+else:
+    from learner_course import run, small
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sdft": {},
+    "sdft-paper": {"rollouts": "on-policy", "mask_truncated": False, "cap": 4, "skip": 0},
+    "lora": {},
+    "ewc": {},
+    "isdft": {"replay_batch": 2},
+}
+
+
+class PowerLossError(Exception):
+    """The lights go out."""
+
+
+def _out_after(step: int) -> Callable[[StepReport], None]:
+    def report(seen: StepReport) -> None:
+        if seen.step == step:
+            raise PowerLossError
+
+    return report
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_job_that_was_killed_comes_to_the_same_weights(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = small(name, **(KINDS[name] | {"checkpoint_seconds": 0.0}))
+    whole = run(tiny_folder, config)
+    for step in (5, 9):
+        with pytest.raises(PowerLossError):
+            run(tiny_folder, config, keep=tmp_path, report=_out_after(step))
+    seen: list[StepReport] = []
+    again = run(tiny_folder, config, keep=tmp_path, report=seen.append)
+    assert seen[0].step == 9  # the ninth step was not yet kept when the lights went out
+    assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
+    assert not list(tmp_path.iterdir())  # a result needs no checkpoint
+
+
+def test_sigkill_in_the_middle_leaves_a_checkpoint_that_is_whole(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from learner_course import run, small\n"
+        "config = small('sdft', steps=200, checkpoint_seconds=0.0)\n"
+        "run(Path(sys.argv[1]), config, keep=Path(sys.argv[2]))\n"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parents[1])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny_folder), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    config = small("sdft", steps=200, checkpoint_seconds=0.0)
+    seen: list[StepReport] = []
+    again = run(tiny_folder, config, keep=tmp_path, report=seen.append)
+    assert seen[0].step > 1
+    whole = run(tiny_folder, config)
+    assert all(
+        torch.allclose(whole.parameters[n], again.parameters[n], atol=1e-6)
+        for n in whole.parameters
+    )
+
+
+def test_what_was_scored_is_not_scored_again(tiny_folder: Path, tmp_path: Path) -> None:
+    config = small("sdft")
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, report=_out_after(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.pt"]
+    whole = run(tiny_folder, config)
+    again = run(tiny_folder, config, keep=tmp_path)
+    assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half a file"])
+def test_a_broken_checkpoint_is_not_trusted(
+    damage: bytes, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = small("sdft", steps=3)
+    (tmp_path / "checkpoint.pt").write_bytes(damage)
+    (tmp_path / "scores.pt").write_bytes(damage)
+    assert run(tiny_folder, config, keep=tmp_path).steps == 3
+
+
+def test_another_jobs_checkpoint_is_not_read(tiny_folder: Path, tmp_path: Path) -> None:
+    config = small("sdft", checkpoint_seconds=0.0)
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, report=_out_after(6))
+    seen: list[StepReport] = []
+    run(tiny_folder, small("sdft", seed=1), keep=tmp_path, report=seen.append)
+    assert seen[0].step == 1
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_job(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object) -> None:
+        msg = "writing the checkpoint: No space left on device"
+        raise StorageError(msg)
+
+    monkeypatch.setattr("edge.delta.files.AtomicFile.write", full)
+    config = small("sdft", steps=3, checkpoint_seconds=0.0)
+    assert run(tiny_folder, config, keep=tmp_path).steps == 3
+    assert "no checkpoint, the one before stays" in caplog.text
+
+
+def test_a_budget_ends_in_time_with_the_rate_on_its_way_down(tiny_folder: Path) -> None:
+    ticks = itertools.count()
+    seen: list[StepReport] = []
+    config = small("sft", steps=100_000, budget_seconds=200.0)
+    outcome = run(tiny_folder, config, report=seen.append, clock=lambda: float(next(ticks)))
+    assert next(ticks) <= 203
+    assert outcome.stopped == f"the budget of 200 s ended after {outcome.steps} steps"
+    assert seen[len(seen) // 2].rate == config.learning_rate
+    assert seen[-1].rate < 0.2 * config.learning_rate
+
+
+def test_a_budget_too_small_for_one_step_says_so(tiny_folder: Path) -> None:
+    ticks = itertools.count(step=100)
+    with pytest.raises(TrainingError, match="ended before the first step"):
+        run(tiny_folder, small("sdft", budget_seconds=50.0), clock=lambda: float(next(ticks)))
+
+
+def test_a_loss_that_diverges_leaves_the_last_good_weights(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("sft", steps=40)
+    good = run(tiny_folder, small("sft", steps=40), report=lambda _: None)
+    monkeypatch.setattr(
+        "cloud.learners.learner._rate", lambda step, _, __: 1.0 if step < 12 else 1e20
+    )
+    outcome = run(tiny_folder, config)
+    assert outcome.stopped.endswith("the last good weights are kept")
+    assert 12 < outcome.steps < 40
+    assert good.stopped == ""
+    assert all(bool(p.isfinite().all()) for p in outcome.parameters.values())
+    assert max(float(p.abs().max()) for p in outcome.parameters.values()) < 100

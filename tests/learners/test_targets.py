@@ -1,0 +1,108 @@
+"""Packed rows, kept distributions, divergences and guided walks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from cloud.learners.config import LearnerConfig
+from cloud.learners.rollouts import guided_walk
+from cloud.learners.targets import Target, between, divergence, join, score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cloud.learners.config import Divergence
+    from tests.learners.learner_course import EXAMPLES, load, split
+else:
+    from learner_course import EXAMPLES, load, split
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("layers", [(0.5, 1.0), (0.0, 1.0)])
+def test_packed_sequences_give_the_whole_models_log_probabilities(
+    layers: tuple[float, float], keep: bool, tiny_folder: Path
+) -> None:
+    whole = load(tiny_folder)
+    expected = []
+    for e in EXAMPLES:
+        ids = torch.tensor([[*e.prefix, *e.prompt, *e.answer[:-1]]])
+        first = len(e.prefix) + len(e.prompt) - 1
+        expected.append(torch.log_softmax(whole(ids).logits[0, first:], -1))
+    model = split(tiny_folder, LearnerConfig(layers=layers, embeddings=layers[0] == 0))
+    found = model.log_probs(model.upper, EXAMPLES, keep=keep)
+    assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+
+
+def test_scores_do_not_depend_on_how_many_share_a_row(tiny_folder: Path) -> None:
+    model = split(tiny_folder, LearnerConfig())
+    wide, narrow = (
+        join(list(score(model, model.upper, EXAMPLES, tokens=tokens))) for tokens in (999, 9)
+    )
+    assert torch.allclose(wide.log_probs, narrow.log_probs, atol=1e-4)
+
+
+def pair(tokens: int = 7, words: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    teacher = torch.log_softmax(4 * torch.randn(tokens, words), -1)
+    return teacher, torch.log_softmax(torch.randn(tokens, words), -1)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_a_bucket_for_the_rest_never_makes_a_divergence_larger(kind: Divergence) -> None:
+    teacher, student = pair()
+    full = divergence(kind, teacher, student)
+    target = Target.of(teacher)
+    kept = divergence(kind, target.whole, target.see(student))
+    assert (kept <= full + 1e-4).all()
+    assert (kept > 0.5 * full).all()
+    nothing = divergence(kind, target.whole, target.see(teacher))
+    assert torch.allclose(nothing, torch.zeros(7), atol=1e-4)
+
+
+def test_divergences_are_those_of_torch() -> None:
+    teacher, student = pair()
+    forward = torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="none")
+    assert torch.allclose(divergence("forward", teacher, student), forward.sum(-1), atol=1e-4)
+    reverse = torch.nn.functional.kl_div(teacher, student, log_target=True, reduction="none")
+    assert torch.allclose(divergence("reverse", teacher, student), reverse.sum(-1), atol=1e-4)
+    mixture = (0.3 * teacher.exp() + 0.7 * student.exp()).log()
+    js = 0.3 * divergence("forward", teacher, mixture) + 0.7 * divergence(
+        "forward", student, mixture
+    )
+    assert torch.allclose(divergence("js", teacher, student, 0.3), js, atol=1e-4)
+
+
+def test_the_proximal_target_lies_between_student_and_teacher() -> None:
+    teacher, student = pair()
+    assert torch.allclose(between(student, teacher, 1.0), teacher, atol=1e-5)
+    assert torch.allclose(between(student, teacher, 0.0), student, atol=1e-5)
+    middle = between(student, teacher, 0.5)
+    assert torch.allclose(middle.exp().sum(-1), torch.ones(7))
+    whole = divergence("forward", teacher, student)
+    assert (divergence("forward", teacher, middle) < whole).all()
+
+
+def _peaked(tokens: list[int], share: float = 0.9) -> torch.Tensor:
+    p = torch.full((len(tokens), 50), (1 - share) / 49)
+    p[torch.arange(len(tokens)), torch.tensor(tokens)] = share
+    return p.log()
+
+
+@pytest.mark.parametrize("kept", [0, 32])
+def test_a_token_the_teacher_would_not_write_is_replaced_by_its_own(kept: int) -> None:
+    teacher = Target.of(_peaked([1, 2, 3]), kept)
+    walk = guided_walk(_peaked([1, 9, 3]), teacher, [1, 2, 3], 0.1)
+    assert walk.replaced == pytest.approx(1 / 3)
+    assert (walk.walked, walk.cut) == (3, False)
+
+
+@pytest.mark.parametrize("kept", [0, 32])
+def test_a_rollout_is_cut_where_it_leaves_its_draft(kept: int) -> None:
+    teacher = torch.full((3, 50), 1e-4)
+    teacher[torch.arange(3), torch.tensor([1, 2, 3])] = 0.6
+    teacher[1, 9] = 0.3  # plausible to the teacher, though not what was demonstrated
+    walk = guided_walk(_peaked([1, 9, 3]), Target.of(teacher.log(), kept), [1, 2, 3], 0.1)
+    assert (walk.walked, walk.cut) == (2, True)
