@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRL := build/bench/trl-venv/.ready
 
 # The demo and the tests read a model that a package installed: nothing asks a hub.
 OFFLINE := HF_HUB_OFFLINE=1
@@ -14,7 +15,8 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe clean
+.PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe bench-learner bench-learner-full \
+  bench-learner-speed clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -72,8 +74,23 @@ protos-check: $(READY) ## Fail when the generated code is not what the .proto fi
 bench-drift: $(READY) ## Drift detection by simulation, beside dummies and peers: build/bench/drift.json
 	$(BIN)/python bench/drift.py
 
-bench-recipe: $(READY) ## What an adaptation gives and costs, by recipe (20 minutes; after `make demo`)
-	$(OFFLINE) $(BIN)/python bench/recipe.py
+bench-recipe: $(READY) ## Accuracy against delta bytes, by recipe and way to ship (45 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.recipe
+
+bench-learner: $(READY) ## Three skills in sequence, SDFT beside SFT, on the quantized student (45 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.learner
+
+bench-learner-full: $(READY) $(TRL) ## Five skills, three seeds, every learner and TRL (many hours; goes on where it was)
+	$(OFFLINE) $(BIN)/python -m bench.learner --full
+
+bench-learner-speed: $(READY) $(TRL) ## Seconds a step and memory beside SFT and TRL (15 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.learner_speed
+
+# TRL needs other versions than the project: it has an environment of its own.
+$(TRL): bench/peers/requirements-trl.txt
+	$(PYTHON) -m venv build/bench/trl-venv
+	build/bench/trl-venv/bin/python -m pip install -r bench/peers/requirements-trl.txt
+	touch $@
 
 clean: ## Remove build outputs and caches (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,127 +1,181 @@
-"""What an adaptation costs and gives, by recipe: accuracy, forgetting, bytes and seconds.
+"""What an adaptation costs and gives, by recipe and by what is sent: accuracy against bytes.
 
-Run ``python bench/recipe.py --student build/demo/student`` (a student that ``make demo`` or
-``anabranch student import`` made). Each recipe is one adaptation of the imported student as the
-cloud would run it (``cloud.adapt``), on the same demonstrations of one skill; its candidate then
-answers 102 unseen commands, and its delta is made as a release's would be. Results go to
-``build/bench/recipe.json``, recipe by recipe, and to a table. About five minutes a recipe on
-two cores.
+Each recipe is one adaptation of the imported student as the cloud would run it (``cloud.adapt``),
+on the same 120 demonstrations of one skill; what it learnt is then brought to the device's codes in
+one or more ways (``bench/shipping.py``), and the quantized student is measured. About five minutes
+a recipe on two cores. Results go to ``build/bench/recipe.json`` recipe by recipe, to a table, and
+to ``build/bench/recipe.png``.
 
-- exact: share of the unseen commands answered to the letter, by the file that would ship;
+- exact: share of 100 unseen commands answered to the letter, by the file that would ship;
 - copies: share of 48 commands of another skill answered to the letter when that very command and
   its answer are shown, as working memory does it: what is left of learning from context;
 - base KL: mean KL(base || candidate) in nats a token on the base's answers to 20 general prompts;
-- delta: bytes of the delta's file.
+- bytes: of the delta as a release's would be, or of the factors that would be sent instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import random
+import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from safetensors.torch import load_file
 
+from bench import setup, shipping, skills
+from bench.learner import answered
 from cloud import adapt
-from cloud.demo.commands import Command, sample
-from cloud.demo.homes import HOMES
-from cloud.demo.people import exact_match
-from cloud.gate.gate import GateConfig
-from cloud.learners.sdft import SdftConfig
-from cloud.students.importer import open_imported
-from edge.delta import encode
+from cloud.gate.gate import base_kl
+from cloud.learners import prompts
+from cloud.learners.config import LearnerConfig
+from cloud.students.export import write_back
+from cloud.students.importer import ANSWERS
 from edge.student.runtime import Student
-from protos.prompt import Message, Shown, chat
+from protos.prompt import chat
 
-TESTS, HELD_OUT, COPIES = 102, 8, 48
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from cloud.students.importer import Imported
+
+    State = dict[str, torch.Tensor]
+
+mpl.use("Agg")
+
+TESTS, COPIES, DEMONSTRATIONS = 100, 48, 120
 SKILL, OTHER = "lights", "media"
+ROUND = "codes"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs from the default."""
+    """What differs from the default, and how it is shipped besides rounding."""
 
     name: str
-    demonstrations: int = 119
-    split_share: float = 0.5
-    learning_rate: float = SdftConfig.learning_rate
-    anchor_batch: int = SdftConfig.anchor_batch
-    steps: int = SdftConfig.steps
+    changes: dict[str, Any] = field(default_factory=dict)
+    zones: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
 RECIPES = (
-    Recipe("default"),
-    Recipe("no anchors", anchor_batch=0),
-    Recipe("upper third only", split_share=2 / 3),
-    Recipe("twice the learning rate", learning_rate=2 * SdftConfig.learning_rate),
+    Recipe("default", zones=(0.6, 0.75), ranks=(8, 32, 64)),
+    Recipe("no anchors", {"anchor_batch": 0}),
+    Recipe("upper third", {"layers": (2 / 3, 1.0)}),
+    Recipe("upper two thirds", {"layers": (1 / 3, 1.0)}),
+    Recipe("half the rate", {"learning_rate": LearnerConfig.learning_rate / 2}),
+    Recipe("rank 16", {"rank": 16, "learning_rate": 1e-3}, ranks=(16,)),
+    Recipe("rank 32", {"rank": 32, "learning_rate": 1e-3}, ranks=(32,)),
 )
 
 
-def shown(command: Command) -> Shown:
-    """A command as a demonstration."""
-    return Shown((Message("user", command.text),), command.answer)
-
-
-def copies(student: Student, commands: list[Command]) -> int:
-    """How many commands a student answers to the letter when it was just shown the answer."""
-    system, limit = student.harness.system, student.harness.max_tokens
-    chats = [chat(system, [Message("user", c.text)], [shown(c)]) for c in commands]
-    answers = student.answer_all(chats, limit)
-    return sum(a.text == c.answer for a, c in zip(answers, commands, strict=True))
-
-
-def measure(recipe: Recipe, student: Path, progress: Progress) -> dict[str, Any]:
-    """Run one recipe; its figures."""
-    imported = open_imported(student)
-    commands = sample(SKILL, HOMES, TESTS + HELD_OUT + 200, random.Random(1))
-    tests, held, train = commands[:TESTS], commands[TESTS : TESTS + HELD_OUT], commands[-200:]
+def measure(
+    recipe: Recipe, imported: Imported, tell: Callable[[str, float], None]
+) -> list[dict[str, Any]]:
+    """Train one recipe; a row for each way to ship it."""
+    taught = skills.material(SKILL, 0, train=DEMONSTRATIONS, tests=TESTS)
+    config = LearnerConfig.named("sdft", **recipe.changes)
     spec = adapt.Spec(
-        masters=imported.masters.absolute(),
+        masters=imported.masters,
         learnt=None,
-        base=imported.bundle.absolute(),
-        current=imported.bundle.absolute(),
-        train=tuple(map(shown, train[: recipe.demonstrations])),
-        held_out=tuple(map(shown, held)),
+        base=imported.bundle,
+        current=imported.bundle,
+        train=taught.train,
+        held_out=taught.held_out,
         replay=(),
         earlier=(),
-        split_share=recipe.split_share,
-        learner=SdftConfig(
-            steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            anchor_batch=recipe.anchor_batch,
-        ),
-        gate=GateConfig(),
+        learner=config,
     )
+    learnt, note = setup.train(spec, partial(tell, recipe.name))
+    rows = []
+    for way, state, size in ways(recipe, imported, learnt):
+        tell(f"{recipe.name}: {way}", 1.0)
+        figures = judged(imported, state, taught, size)
+        rows.append({"recipe": recipe.name, "shipped": way, **figures, "training": note})
+    return rows
+
+
+def ways(recipe: Recipe, imported: Imported, learnt: State) -> list[tuple[str, State, int | None]]:
+    """Ways to ship what was learnt: name, weights, bytes (None: of the delta that they make)."""
+    made: list[tuple[str, State, int | None]] = [(ROUND, learnt, None)]
+    for zone in recipe.zones:
+        state = shipping.rounded(imported.bundle, learnt, zone=zone)
+        made.append((f"codes, dead zone {zone}", state, None))
+    masters = load_file(imported.masters / "model.safetensors") if recipe.ranks else {}
+    for rank in recipe.ranks:
+        state, size = shipping.low_rank(imported.bundle, masters, learnt, rank)
+        made.append((f"integer factors of rank {rank}", state, size))
+    return made
+
+
+def judged(
+    imported: Imported, state: State, taught: skills.Material, size: int | None
+) -> dict[str, Any]:
+    """Figures of the student that a device would have."""
+    said = json.loads((imported.masters / ANSWERS).read_text())
     with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder)
-        (job / "spec.json").write_text(spec.to_json())
-        task = progress.add_task(recipe.name, total=None)
-        result = adapt.run(job)
-        base, target = imported.bundle / "weights.bin", job / "candidate" / "weights.bin"
-        delta = encode(base, target, job / "delta")
-        candidate = Student.open(job / "candidate", threads=2)
-        right = exact_match(candidate, tests)
-        copied = copies(candidate, sample(OTHER, HOMES, COPIES, random.Random(2)))
+        bundle = Path(folder) / "candidate"
+        changed = write_back(imported.bundle, state, skills.harness(), bundle)
+        size = setup.delta_bytes(imported.bundle, bundle) if size is None else size
+        base, candidate = (Student.open(b, threads=2) for b in (imported.bundle, bundle))
+        right = answered(candidate, taught)
+        copied = copies(candidate)
+        kl = base_kl(base, candidate, [(p, said[p]) for p in prompts.GATE])
+        base.close()
         candidate.close()
-        progress.update(task, total=1, completed=1)
-    kl = next(c["value"] for c in result["checks"] if c["name"] == "base_kl")
     return {
-        **asdict(recipe),
-        "exact": round(right / len(tests), 4),
-        "copies": round(copied / COPIES, 4),
+        "exact": round(statistics.fmean(right), 4),
+        "copies": round(copied, 4),
         "base_kl": round(kl, 4),
-        "delta_bytes": delta.size,
-        "changed_codes": result["changed_codes"],
-        "sdft_seconds": result["sdft_seconds"],
+        "bytes": size,
+        "changed_codes": changed,
     }
+
+
+def copies(student: Student) -> float:
+    """Share of another skill's commands answered right when the answer was just shown."""
+    asked = skills.material(OTHER, 0, train=1, tests=COPIES).tests
+    chats = [chat(student.harness.system, d.messages, [d]) for d in asked]
+    answers = student.answer_all(chats, student.harness.max_tokens)
+    return statistics.fmean(a.text == d.answer for a, d in zip(answers, asked, strict=True))
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """The curve: accuracy against megabytes."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415  # the backend is chosen first
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for way, marker in ((ROUND, "o"), ("codes, dead", "s"), ("integer", "^")):
+        chosen = [
+            r
+            for r in rows
+            if r["shipped"].startswith(way) and (way != ROUND or r["shipped"] == ROUND)
+        ]
+        axes.scatter(
+            [r["bytes"] / 1e6 for r in chosen],
+            [r["exact"] for r in chosen],
+            marker=marker,
+            label={"o": "codes", "s": "codes, dead zone", "^": "integer low rank"}[marker],
+        )
+    for row in rows:
+        label = row["recipe"] if row["shipped"] == ROUND else f"{row['recipe']}, {row['shipped']}"
+        point = (row["bytes"] / 1e6, row["exact"])
+        axes.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="MB sent", ylabel="unseen commands answered to the letter", ylim=(-0.03, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -129,7 +183,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--student", type=Path, default=Path("build/demo/student"))
     parser.add_argument("--out", type=Path, default=Path("build/bench/recipe.json"))
     names = [recipe.name for recipe in RECIPES]
     parser.add_argument("recipes", nargs="*", help=f"of {', '.join(names)}; all when none is given")
@@ -138,26 +191,34 @@ def main() -> None:
         parser.error(f"no recipe {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
+        bar = progress.add_task("student: import", total=1.0)
+
+        def tell(what: str, part: float) -> None:
+            progress.update(bar, description=what, completed=part)
+
+        student = options.out.parent / "learner-student"
+        imported = setup.student(skills.harness(), student, tell)
         for recipe in RECIPES:
             if options.recipes and recipe.name not in options.recipes:
                 continue
-            rows.append(measure(recipe, options.student, progress))
-            machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-            note = {"skill": SKILL, "tests": TESTS, "machine": machine, "recipes": rows}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(note, indent=1) + "\n")
-    table = Table("recipe", "exact", "copies", "base KL", "delta, MB", "SDFT, s")
+            rows += measure(recipe, imported, tell)
+            note = {
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": setup.machine(),
+                "seeds": [0],
+                "skill": SKILL,
+                "tests": TESTS,
+                "demonstrations": DEMONSTRATIONS,
+                "default": asdict(LearnerConfig()),
+                "recipes": rows,
+            }
+            setup.write(options.out, note)
+            progress.console.print(f"{recipe.name}: {rows[-1]['exact']}")
+    draw(rows, options.out.with_suffix(".png"))
+    table = Table("recipe", "shipped as", "exact", "copies", "base KL", "MB")
     for row in rows:
-        megabytes = f"{row['delta_bytes'] / 1e6:.2f}"
-        seconds = f"{row['sdft_seconds']:.0f}"
-        table.add_row(
-            row["name"],
-            f"{row['exact']:.3f}",
-            f"{row['copies']:.3f}",
-            f"{row['base_kl']:.3f}",
-            megabytes,
-            seconds,
-        )
+        share = [f"{row[k]:.3f}" for k in ("exact", "copies", "base_kl")]
+        table.add_row(row["recipe"], row["shipped"], *share, f"{row['bytes'] / 1e6:.2f}")
     Console().print(table)
 
 

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from cloud.gate import gate
 from cloud.learners import prompts
+from cloud.learners.checkpoint import Checkpoints
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control, Course, Lesson, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
@@ -352,6 +353,12 @@ def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
 
 
+def _end(job: Path, why: str) -> None:
+    """Write why there is no candidate; the same input fails the same way, so nothing goes on."""
+    write_failure(job, why)
+    Checkpoints(job, "").remove()
+
+
 def main() -> int:
     """Entry point of the process; the exit code is 0 when a result was written."""
     end_with_parent()
@@ -361,12 +368,12 @@ def main() -> int:
         result = run(job)
     except AnabranchError as error:
         log.error("the job failed: %s", error)  # noqa: TRY400  # the message is for people
-        write_failure(job, str(error))
+        _end(job, str(error))
         return 1
     except Exception as error:
         # A fault of ours or of the machine: said once, because the same input fails the same way.
         log.exception("the job failed")
-        write_failure(job, f"{type(error).__name__}: {error}; log.txt says where")
+        _end(job, f"{type(error).__name__}: {error}; log.txt says where")
         return 1
     log.info("gate %s: %s", "passed" if result["passed"] else "failed", result["checks"])
     return 0

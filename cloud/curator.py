@@ -78,6 +78,18 @@ class _Metrics:
             ["channel"],
             registry=registry,
         )
+        self.memory = Gauge(
+            "anabranch_adaptation_peak_bytes",
+            "The most memory that the last adaptation took",
+            ["channel"],
+            registry=registry,
+        )
+        self.teacher = Gauge(
+            "anabranch_teacher_lead_nats",
+            "How much better than the student the teacher knew held-out demonstrations, nats a token",
+            ["channel"],
+            registry=registry,
+        )
         labels = ["channel", "check"]
         self.value = Gauge(
             "anabranch_gate_value", "What the gate last measured", labels, registry=registry
@@ -381,6 +393,9 @@ class Curator:
 
     def _show(self, result: dict[str, Any]) -> None:
         self._metrics.seconds.labels(self._channel).set(result["sdft_seconds"])
+        self._metrics.memory.labels(self._channel).set(result["peak_mb"] * 1e6)
+        if result["teacher"] is not None:
+            self._metrics.teacher.labels(self._channel).set(result["teacher"]["gain"])
         for check in result["checks"]:
             self._metrics.value.labels(self._channel, check["name"]).set(check["value"])
             self._metrics.bound.labels(self._channel, check["name"]).set(check["bound"])

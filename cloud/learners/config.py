@@ -36,6 +36,8 @@ class LearnerConfig:
       ``ema`` of the student with ``ema_rate`` a step, or the ``current`` student.
     - ``teacher_prompt``: the demonstration as earlier ``turns`` of the chat, ``shown`` times, or in
       the paper's ``prose``.
+    - ``sharpness``: power of the teacher's probabilities before they are renormalised; above 1 it is
+      surer than it says.
     - ``rollouts``: answers that are scored: ``guided`` walks (a proposal stands from ``guidance``
       of the teacher's best probability on), ``on-policy`` samples at ``temperature`` of at most
       ``cap`` tokens, or the ``demonstration`` itself.
@@ -68,6 +70,7 @@ class LearnerConfig:
     ema_rate: float = 0.01
     teacher_prompt: Prompt = "turns"
     shown: int = 2
+    sharpness: float = 1.0
     rollouts: Rollouts = "guided"
     guidance: float = 0.1
     temperature: float = 1.0

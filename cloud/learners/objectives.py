@@ -179,6 +179,8 @@ class Sdft:
                 walk = guided_walk(ours, target, answer, config.guidance)
             walked, replaced, cut = walk.walked, walk.replaced, walk.cut
         teacher, student = target.whole, target.see(ours)
+        if config.sharpness != 1:
+            teacher = torch.log_softmax(config.sharpness * teacher, dim=-1)
         if config.proximal < 1:
             strength = config.proximal + (1 - config.proximal) * fraction
             teacher = targets.between(student.detach(), teacher, strength)

@@ -89,6 +89,8 @@ def finish(job: Job, student: str, answer: str, *, passed: bool = True) -> None:
         "student": student,
         "changed_codes": 1,
         "sdft_seconds": 1.0,
+        "peak_mb": 700.0,
+        "teacher": {"gain": 1.5},
         "left_out": [],
         "canaries": [
             {"messages": [asdict(m) for m in d.messages], "answer": answer}

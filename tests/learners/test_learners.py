@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "on-policy": {"rollouts": "on-policy", "mask_truncated": False},
     "skip": {"skip": 2},
     "hint": {"hint": 0.5},
+    "sharp": {"sharpness": 3.0},
     "one middle layer": {"layers": (0.0, 0.5)},
     "all layers": {"layers": (0.0, 1.0)},
     "rank": {"rank": 2},

@@ -1,0 +1,382 @@
+"""Skills learnt one after another, by our learner and its rivals, on the file that devices run.
+
+Each method learns the skills in sequence from the same demonstrations, the cloud's way
+(``cloud.adapt``): every stage goes on from the fp32 weights of the one before, and its codes are
+written on the frozen scales. What is measured is the quantized ONNX student of each stage:
+
+- matrix[i][j]: share of skill j's unseen requests answered to the letter after stage i (0..1);
+- average: mean of the last row; bwt (backward transfer): mean of matrix[last][j] - matrix[j][j]
+  over all skills but the last (Lopez-Paz and Ranzato, arXiv 1706.08840);
+- base_kl: mean KL(base||student) in nats a token on the base's own answers to 20 general prompts
+  that no training sees;
+- retention: mean accuracy on ARC-easy, PIQA, COPA and LAMBADA (``bench/retention.py``), and
+  retention_drop: how much less than the base's (0..1);
+- human: share of commands that people wrote, of the skills taught, answered right.
+
+Methods: ``sft`` is plain supervised fine-tuning of the same layers for as many steps as ours;
+``sft_anchored`` the same with our anchors and replay, and our seconds at every stage (teacher's
+included); ``sdft`` our default. ``--full`` takes five skills, three seeds, more rivals and TRL.
+
+    make bench-learner         # three skills, one seed: some 40 minutes on two cores
+    make bench-learner-full    # hours; what is done already is not done again
+
+Results go to ``--out`` after every stage, with seeds, machine and each request's outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from bench import human, retention, setup, skills, trl
+from cloud import adapt
+from cloud.gate.gate import base_kl
+from cloud.learners import prompts
+from cloud.learners.config import LearnerConfig
+from cloud.students.export import write_back
+from cloud.students.importer import ANSWERS
+from edge.student.runtime import Student
+from protos.errors import AnabranchError
+from protos.prompt import chat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from cloud.students.importer import Imported
+
+QUICK = ("sdft", "sft_anchored", "sft")
+FULL = (*QUICK, "isdft", "sft_replay", "lora", "ewc", "full_sft", "trl")
+SKILLS = ("lights", "media", skills.FACTS)
+FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
+ANY_STEPS = 100_000  # a budget in seconds ends the job before
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: ``replay`` is how many earlier demonstrations a stage may see again."""
+
+    methods: tuple[str, ...]
+    skills: tuple[str, ...]
+    seeds: tuple[int, ...]
+    train: int = 120
+    tests: int = 100
+    replay: int = 96
+    rows: int = retention.ROWS
+
+
+def config_of(method: str, seed: int, ours: float | None, base: LearnerConfig) -> LearnerConfig:
+    """Options of a method; ``ours`` are the seconds that our learner took, ``base`` its options."""
+    name = {"sft_anchored": "sdft", "full_sft": "sft"}.get(method, method).replace("_", "-")
+    if method == "sdft":
+        return replace(base, seed=seed)
+    if method == "sft_anchored":
+        if ours is None:
+            msg = "sft_anchored has the time that sdft took: measure sdft too, before it"
+            raise AnabranchError(msg)
+        return replace(base, method="sft", seed=seed, steps=ANY_STEPS, budget_seconds=ours)
+    given: dict[str, Any] = {"seed": seed, "steps": base.steps}
+    if method in {"sft", "sft_replay", "isdft"}:
+        given["learning_rate"] = base.learning_rate
+    if method == "full_sft":
+        given |= {"layers": (0.0, 1.0), "embeddings": True, "learning_rate": 2e-5}
+    return LearnerConfig.named(name, **given)
+
+
+class Sequence:
+    """One method with one seed, stage by stage."""
+
+    def __init__(self, plan: Plan, method: str, seed: int, imported: Imported) -> None:
+        self.plan, self.method, self.seed = plan, method, seed
+        self.imported = imported
+        self.materials = [
+            skills.material(
+                name, seed, train=plan.train, tests=plan.tests, exclude=setup.people_say()
+            )
+            for name in plan.skills
+        ]
+        self.result: dict[str, Any] = {"matrix": [], "stages": [], "correct": []}
+
+    def run(
+        self,
+        folder: Path,
+        ours: list[float] | None,
+        base: LearnerConfig,
+        tell: Callable[[str, float], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Learn and measure all stages; ``ours`` are our learner's seconds at each."""
+        learnt: Path | None = None
+        current = self.imported.bundle
+        for stage, material in enumerate(self.materials):
+            name = f"{self.method}: {material.name}"
+            if self.method == "trl":
+                tell(name, 0.0)
+                state, note = self._peer(stage, folder, base.steps)
+            else:
+                config = config_of(self.method, self.seed, ours[stage] if ours else None, base)
+                spec = self._spec(stage, learnt, current, config)
+                state, note = setup.train(spec, partial(tell, name))
+            learnt, current = folder / f"{stage}.safetensors", folder / f"{stage}"
+            save_file(state, learnt)
+            harness = skills.harness()
+            note["changed_codes"] = write_back(self.imported.bundle, state, harness, current)
+            note["delta_bytes"] = setup.delta_bytes(self.imported.bundle, current)
+            self.result["stages"].append(note)
+            self._measure(current, stage)
+            say(
+                f"{self.method}, seed {self.seed}, {material.name}: {note['steps']} steps in "
+                f"{note['sdft_seconds']:.0f} s, {self.result['matrix'][-1]}"
+            )
+        self._finish(current, tell)
+
+    def _spec(
+        self, stage: int, learnt: Path | None, current: Path, config: LearnerConfig
+    ) -> adapt.Spec:
+        material = self.materials[stage]
+        return adapt.Spec(
+            masters=self.imported.masters,
+            learnt=learnt,
+            base=self.imported.bundle,
+            current=current,
+            train=material.train,
+            held_out=material.held_out,
+            replay=self._replay(stage),
+            earlier=(),
+            learner=config,
+        )
+
+    def _peer(
+        self, stage: int, folder: Path, steps: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """A stage by TRL: the paper's recipe, but the teacher sees turns (prose it cannot read)."""
+        before = self.imported.masters if not stage else folder / f"trl-{stage - 1}"
+        run = trl.Run(
+            model=before,
+            tokenizer=self.imported.bundle / "tokenizer.json",
+            system=skills.SYSTEM,
+            steps=steps,
+            batch=LearnerConfig.batch,
+            cap=skills.harness().max_tokens,
+            seed=self.seed,
+            teacher="given",
+        )
+        save = folder / f"trl-{stage}"
+        note = trl.learn(run, self.materials[stage].train, folder, save=save)
+        state = load_file(save / "model.safetensors")
+        return state, {
+            "steps": steps,
+            "sdft_seconds": note["train_seconds"],
+            "step_seconds": note["median_step_seconds"],
+            "losses": note["losses"],
+            "peak_mb": note["peak_mb"],
+        }
+
+    def _replay(self, stage: int) -> tuple[Any, ...]:
+        earlier = [d for m in self.materials[:stage] for d in m.train]
+        return tuple(earlier[:: max(1, -(-len(earlier) // self.plan.replay))])
+
+    def _measure(self, bundle: Path, stage: int) -> None:
+        student = Student.open(bundle, threads=2)
+        row = [answered(student, material) for material in self.materials[: stage + 1]]
+        student.close()
+        self.result["correct"].append(["".join("01"[r] for r in right) for right in row])
+        self.result["matrix"].append([round(statistics.fmean(right), 4) for right in row])
+
+    def _finish(self, bundle: Path, tell: Callable[[str, float], None]) -> None:
+        matrix = self.result["matrix"]
+        self.result["average"] = round(statistics.fmean(matrix[-1]), 4)
+        moves = [matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)]
+        self.result["bwt"] = round(statistics.fmean(moves), 4) if moves else 0.0
+        self.result |= general(
+            bundle, self.imported, self.plan, lambda p: tell(f"{self.method}: retention", p)
+        )
+
+
+def answered(student: Student, material: skills.Material) -> list[bool]:
+    """Whether each unseen request is answered to the letter, greedily."""
+    system, limit = student.harness.system, student.harness.max_tokens
+    answers = student.answer_all([chat(system, d.messages) for d in material.tests], limit)
+    return [a.text == d.answer for a, d in zip(answers, material.tests, strict=True)]
+
+
+def general(
+    bundle: Path, imported: Imported, plan: Plan, tell: Callable[[float], None]
+) -> dict[str, Any]:
+    """What a student still is of its base: KL, retention, and people's commands."""
+    said = json.loads((imported.masters / ANSWERS).read_text())
+    base, student = (Student.open(b, threads=2) for b in (imported.bundle, bundle))
+    kl = base_kl(base, student, [(p, said[p]) for p in prompts.GATE])
+    commands = [c for c in setup.people() if c.skill in plan.skills]
+    right = human.exact(student, commands)
+    base.close()
+    student.close()
+    kept = retention.correct(bundle, setup.DATA, rows=plan.rows, report=lambda _, p: tell(p))
+    return {
+        "base_kl": round(kl, 5),
+        "human": round(statistics.fmean(right), 4) if right else 0.0,
+        "human_correct": "".join("01"[r] for r in right),
+        "retention": {k: round(v, 4) for k, v in retention.shares(kept).items()},
+        "retention_correct": {
+            k: "".join("01"[r] for r in v) for k, v in kept.items() if k in retention.HEADLINE
+        },
+    }
+
+
+def paired(one: list[str], other: list[str], rng: np.random.Generator) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of ``one`` minus ``other``, request by request, 0..1.
+
+    Each string holds the outcomes of one skill with one seed; skills weigh alike.
+    """
+    pairs = [
+        np.array([int(a) - int(b) for a, b in zip(x, y, strict=True)])
+        for x, y in zip(one, other, strict=True)
+    ]
+    draws = [
+        np.mean([p[rng.integers(0, len(p), len(p))].mean() for p in pairs]) for _ in range(2000)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return round(float(low), 4), round(float(high), 4)
+
+
+def summary(plan: Plan, runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """Means over seeds by method, beside the base, and intervals against our learner."""
+    methods: dict[str, Any] = {}
+    for method in plan.methods:
+        done = {seed: runs[f"{method}/{seed}"] for seed in plan.seeds if f"{method}/{seed}" in runs}
+        if not done:
+            continue
+        mean = {
+            key: round(statistics.fmean(r[key] for r in done.values()), 5)
+            for key in ("average", "bwt", "base_kl", "human")
+        }
+        drops = [base["retention"]["mean"] - r["retention"]["mean"] for r in done.values()]
+        mean["retention_drop"] = round(statistics.fmean(drops), 4)
+        first = next(iter(done.values()))
+        methods[method] = {**mean, "matrix": first["matrix"], "seeds": list(done)}
+        rival = {s: r for s, r in done.items() if f"sdft/{s}" in runs}
+        if method != "sdft" and rival:
+            ours = [right for s in rival for right in runs[f"sdft/{s}"]["correct"][-1]]
+            theirs = [right for r in rival.values() for right in r["correct"][-1]]
+            interval = paired(ours, theirs, np.random.default_rng(0))
+            methods[method]["sdft_lead_95"] = interval
+            methods[method]["sdft_lead_by_seed"] = {
+                s: round(runs[f"sdft/{s}"]["average"] - r["average"], 4) for s, r in rival.items()
+            }
+    return methods
+
+
+def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
+    """For people."""
+    made = Table("method", "average", "BWT", "base KL", "retention drop", "human", "sdft leads by")
+    made.add_row("(base)", "", "", "0", "0", f"{base['human']:.3f}", "")
+    for name, m in methods.items():
+        low, high = m.get("sdft_lead_95", (0.0, 0.0))
+        made.add_row(
+            name,
+            f"{m['average']:.3f}",
+            f"{m['bwt']:+.3f}",
+            f"{m['base_kl']:.4f}",
+            f"{m['retention_drop']:+.4f}",
+            f"{m['human']:.3f}",
+            f"{low:+.3f} to {high:+.3f}" if "sdft_lead_95" in m else "",
+        )
+    return made
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="five skills, three seeds, all rivals")
+    parser.add_argument("--methods", nargs="+", choices=FULL, help="these only")
+    parser.add_argument("--skills", nargs="+", choices=FULL_SKILLS, help="these only, in order")
+    parser.add_argument("--seeds", nargs="+", type=int, help="these only")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of sdft")
+    parser.add_argument("--tests", type=int, default=Plan.tests, help="requests asked a skill")
+    parser.add_argument("--rows", type=int, default=Plan.rows, help="of each retention task")
+    parser.add_argument("--out", type=Path, help="build/bench/learner.json or learner_full.json")
+    options = parser.parse_args()
+    plan = Plan(
+        methods=tuple(options.methods or (FULL if options.full else QUICK)),
+        skills=tuple(options.skills or (FULL_SKILLS if options.full else SKILLS)),
+        seeds=tuple(options.seeds or ((0, 1, 2) if options.full else (0,))),
+        tests=options.tests,
+        rows=options.rows,
+    )
+    name = "learner_full.json" if options.full else "learner.json"
+    out: Path = options.out or Path("build/bench") / name
+    try:
+        measure(plan, setup.options(options.set), out)
+    except AnabranchError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: what was measured is in {out}; the same command goes on from there")
+
+
+def measure(plan: Plan, base_config: LearnerConfig, out: Path) -> None:
+    """Run what ``out`` does not hold yet."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    same = json.loads(json.dumps(note))
+    settings = ("skills", "train", "tests", "replay", "rows")
+    if kept and (
+        kept["sdft"] != same["sdft"] or any(kept["plan"][s] != same["plan"][s] for s in settings)
+    ):
+        kept = {}
+    runs: dict[str, Any] = kept.get("runs", {})
+    with Progress() as progress:
+        bar = progress.add_task("student: import", total=1.0)
+
+        def tell(what: str, part: float) -> None:
+            progress.update(bar, description=what, completed=part)
+
+        imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
+        base = kept.get("base") or general(
+            imported.bundle, imported, plan, lambda p: tell("base: retention", p)
+        )
+        for seed in plan.seeds:
+            for method in plan.methods:
+                if f"{method}/{seed}" in runs:
+                    continue
+                folder = out.parent / "learner-work" / f"{method}-{seed}"
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                ours = runs.get(f"sdft/{seed}")
+                seconds = [s["sdft_seconds"] for s in ours["stages"]] if ours else None
+                sequence = Sequence(plan, method, seed, imported)
+                sequence.run(folder, seconds, base_config, tell, progress.console.print)
+                runs[f"{method}/{seed}"] = sequence.result
+                shutil.rmtree(folder)
+                note |= {
+                    "date": time.strftime("%Y-%m-%d"),
+                    "machine": setup.machine(),
+                    "seconds": round(kept.get("seconds", 0) + time.monotonic() - began),
+                    "methods": summary(plan, runs, base),
+                    "base": base,
+                    "runs": runs,
+                }
+                setup.write(out, note)
+    Console().print(table(note.get("methods") or summary(plan, runs, base), base))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What a step of learning costs: ours, supervised fine-tuning, and TRL's ``SDFTTrainer``.
+
+Twenty steps each, one method after another in processes of their own (so that peak memory is each
+method's), on the same home commands, eight a step, with no anchors and no replay, in fp32:
+
+- sdft: our default. Its step_seconds are the median step and, on top, its share of what was scored
+  before the first step (the teacher's word on every lesson, the default number of steps sharing);
+- sft: cross-entropy on the same batches and layers;
+- sdft_with_anchors: our default as the cloud runs it, with three anchors a step;
+- sdft_paper: the paper's recipe by our code (all layers and embeddings, averaged teacher, sampled
+  answers of at most 40 tokens, full vocabulary);
+- trl: the paper's recipe by TRL, in an environment of its own (``bench/peers/trl_sdft.py``).
+
+``make bench-learner-speed`` makes TRL's environment first. Results go to
+``build/bench/learner_speed.json``. Some fifteen minutes on two idle cores; other work beside it
+makes the figures worthless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import setup, skills, trl
+from cloud import adapt
+from cloud.learners.config import LearnerConfig
+from cloud.students.importer import open_imported
+from protos.errors import AnabranchError
+
+if TYPE_CHECKING:
+    from cloud.students.importer import Imported
+
+STEPS, BATCH, CAP, LESSONS = 20, 8, 40, 120
+ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sft", ALONE),
+    "sdft": ("sdft", ALONE),
+    "sdft_with_anchors": ("sdft", {}),
+    "sdft_paper": ("sdft-paper", {"cap": CAP, "mask_truncated": False}),
+}
+
+
+def spec(method: str, imported: Imported) -> adapt.Spec:
+    """The job that is timed."""
+    name, changes = OURS[method]
+    config = LearnerConfig.named(name, steps=STEPS, batch=BATCH, **changes)
+    taught = skills.material("lights", 0, train=LESSONS, tests=1)
+    return adapt.Spec(
+        masters=imported.masters,
+        learnt=None,
+        base=imported.bundle,
+        current=imported.bundle,
+        train=taught.train,
+        held_out=taught.held_out,
+        replay=(),
+        earlier=(),
+        learner=config,
+    )
+
+
+def ours(method: str, student: Path) -> dict[str, Any]:
+    """Time one of our methods in this process."""
+    job = spec(method, open_imported(student))
+    _, note = setup.train(job, lambda _: None)
+    shared = note["scoring_seconds"] / LearnerConfig().steps if method.startswith("sdft") else 0.0
+    shared = 0.0 if method == "sdft_paper" else shared
+    return {
+        "step_seconds": round(note["step_seconds"] + shared, 3),
+        "step_alone_seconds": note["step_seconds"],
+        "scoring_seconds": note["scoring_seconds"],
+        "peak_mb": note["peak_mb"],
+        "config": asdict(job.learner),
+    }
+
+
+def peer(student: Path, folder: Path) -> dict[str, Any]:
+    """Time TRL.
+
+    Raises:
+        AnabranchError: it is not there, or it failed.
+    """
+    imported = open_imported(student)
+    run = trl.Run(
+        model=imported.masters,
+        tokenizer=imported.bundle / "tokenizer.json",
+        system=skills.SYSTEM,
+        steps=STEPS,
+        batch=BATCH,
+        cap=CAP,
+    )
+    note = trl.learn(run, skills.material("lights", 0, train=LESSONS, tests=1).train, folder)
+    return {
+        "step_seconds": note["median_step_seconds"],
+        "rollout_seconds": round(statistics.median(note["rollout_seconds"]), 3),
+        "peak_mb": note["peak_mb"],
+        "completion_tokens": note["completion_tokens"],
+        "config": note["config"],
+        "versions": note["versions"],
+    }
+
+
+def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """All methods, one after another; the table is printed at the end."""
+    bar = progress.add_task("student: import", total=1.0)
+    folder = options.out.parent
+    student = folder / "learner-student"
+    setup.student(
+        skills.harness(),
+        student,
+        lambda p, part: progress.update(bar, description=p, completed=part),
+    )
+    methods: dict[str, Any] = {}
+    for number, method in enumerate((*OURS, "trl")):
+        share = number / (len(OURS) + 1)
+        progress.update(bar, description=f"{method}: {STEPS} steps", completed=share)
+        if method == "trl":
+            methods[method] = peer(student, folder)
+            continue
+        ended = subprocess.run(
+            [sys.executable, "-m", "bench.learner_speed", "--one", method, "--out", options.out],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        methods[method] = json.loads(ended.stdout)
+        progress.console.print(f"{method}: {methods[method]['step_seconds']} s a step")
+    progress.update(bar, completed=1.0)
+    note = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": setup.machine(),
+        "steps": STEPS,
+        "batch": BATCH,
+        "seeds": [0],
+        "ratios": {
+            "sdft_to_sft": _ratio(methods, "sdft", "sft"),
+            "trl_to_sdft": _ratio(methods, "trl", "sdft"),
+            "trl_to_sdft_paper": _ratio(methods, "trl", "sdft_paper"),
+        },
+        "methods": methods,
+    }
+    setup.write(options.out, note)
+    return note
+
+
+def _ratio(methods: dict[str, Any], one: str, other: str) -> float:
+    return round(float(methods[one]["step_seconds"] / methods[other]["step_seconds"]), 2)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/bench/learner_speed.json"))
+    parser.add_argument("--one", choices=OURS, help="time one of ours here, and print JSON")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        print(json.dumps(ours(options.one, options.out.parent / "learner-student")))
+        return
+    if not trl.PYTHON.exists():
+        parser.error(f"{trl.PYTHON} is missing: `make bench-learner-speed` makes it")
+    try:
+        with Progress() as progress:
+            note = measure(options, progress)
+    except AnabranchError as error:
+        sys.exit(f"error: {error}")
+    table = Table("method", "s a step", "peak MB")
+    for name, figures in note["methods"].items():
+        table.add_row(name, f"{figures['step_seconds']:.2f}", f"{figures['peak_mb']:.0f}")
+    Console().print(table, note["ratios"])
+
+
+if __name__ == "__main__":
+    main()

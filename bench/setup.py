@@ -1,0 +1,135 @@
+"""What the learner's benchmarks share: the student, one job of training, the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import human
+from cloud import adapt
+from cloud.learners.config import LearnerConfig
+from cloud.learners.course import Control
+from cloud.students import importer
+from cloud.students import source as sources
+from edge.delta import encode
+from protos.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from cloud.students.importer import Imported
+    from protos.harness import Harness
+
+DATA = Path("../shared/data")
+
+
+def student(harness: Harness, out: Path, tell: Callable[[str, float], None]) -> Imported:
+    """The packaged 135M student, imported once for a harness."""
+    return importer.bring_in(
+        sources.packaged_gguf(),
+        harness,
+        out.absolute(),
+        lambda p, part: tell(f"student: {p}", part),
+    )
+
+
+@cache
+def people() -> tuple[human.HumanCommand, ...]:
+    """Commands that people wrote."""
+    return tuple(human.load(DATA))
+
+
+def people_say() -> tuple[str, ...]:
+    """Their texts: no benchmark trains on them."""
+    return tuple(command.text for command in people())
+
+
+def train(
+    spec: adapt.Spec, tell: Callable[[float], None]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """One job of learning; the parameters that differ from the import, and how it went."""
+    began = time.monotonic()
+    losses: list[float] = []
+
+    def report(seen: Any) -> None:  # noqa: ANN401
+        losses.append(round(seen.loss, 4))
+        tell(seen.fraction)
+
+    outcome = adapt.learn(spec, Control(time.monotonic, report=report))
+    worth = outcome.worth
+    note = {
+        "method": outcome.method,
+        "steps": outcome.steps,
+        "stopped": outcome.stopped,
+        "teacher": None if worth is None else str(worth),
+        "sdft_seconds": round(time.monotonic() - began, 1),
+        "scoring_seconds": round(outcome.scoring_seconds, 1),
+        "step_seconds": round(statistics.median(outcome.step_seconds), 3),
+        "losses": losses,
+        "peak_mb": adapt.peak_mb(),
+    }
+    return {n: v.contiguous() for n, v in outcome.parameters.items()}, note
+
+
+def delta_bytes(base: Path, target: Path) -> int:
+    """Size of the delta that a release would be."""
+    with tempfile.TemporaryDirectory() as folder:
+        return encode(base / "weights.bin", target / "weights.bin", Path(folder) / "delta").size
+
+
+def options(pairs: list[str]) -> LearnerConfig:
+    """Our learner's options with ``name=value`` changes (values as JSON, or plain words).
+
+    Raises:
+        InvalidInputError: no such option, or a value that it cannot take.
+    """
+    known = {f.name for f in fields(LearnerConfig)}
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in known:
+            msg = f"a learner has no option {name!r}: choose from {', '.join(sorted(known))}"
+            raise InvalidInputError(msg)
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+        if isinstance(given[name], list):
+            given[name] = tuple(given[name])
+    return LearnerConfig.named("sdft", **given)
+
+
+def machine() -> dict[str, Any]:
+    """What figures were measured on."""
+    return {
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "onnxruntime": version("onnxruntime"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def write(path: Path, note: dict[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adapt.write_atomically(path, json.dumps(note, indent=1) + "\n")
