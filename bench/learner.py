@@ -61,9 +61,28 @@ if TYPE_CHECKING:
     from cloud.students.importer import Imported
 
 QUICK = ("sdft", "sft_anchored", "sft")
-FULL = (*QUICK, "isdft", "sft_replay", "lora", "ewc", "full_sft", "trl")
+FULL = (
+    *QUICK,
+    "sdft_no_anchor",
+    "sdft_no_replay",
+    "sdft_teacher_only",
+    "isdft",
+    "sft_replay",
+    "lora",
+    "ewc",
+    "full_sft",
+    "trl",
+)
 SKILLS = ("lights", "media", skills.FACTS)
 FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "sdft": {},
+    "sdft_no_anchor": {"anchor_batch": 0},
+    "sdft_no_replay": {"replay_batch": 0},
+    "sdft_teacher_only": {"hint": (0.0, 0.0), "sharpness": 1.0},
+    "isdft": {"hint": (0.0, 0.0), "sharpness": 1.0, "proximal": 0.25, "base_weight": 2e-3},
+}
+"""Our learner with one thing changed."""
 ANY_STEPS = 100_000  # a budget in seconds ends the job before
 
 
@@ -82,16 +101,16 @@ class Plan:
 
 def config_of(method: str, seed: int, ours: float | None, base: LearnerConfig) -> LearnerConfig:
     """Options of a method; ``ours`` are the seconds that our learner took, ``base`` its options."""
-    name = {"sft_anchored": "sdft", "full_sft": "sft"}.get(method, method).replace("_", "-")
-    if method == "sdft":
-        return replace(base, seed=seed)
+    name = {"full_sft": "sft"}.get(method, method).replace("_", "-")
+    if method in ABLATIONS:
+        return replace(base, seed=seed, **ABLATIONS[method])
     if method == "sft_anchored":
         if ours is None:
             msg = "sft_anchored has the time that sdft took: measure sdft too, before it"
             raise AnabranchError(msg)
         return replace(base, method="sft", seed=seed, steps=ANY_STEPS, budget_seconds=ours)
     given: dict[str, Any] = {"seed": seed, "steps": base.steps}
-    if method in {"sft", "sft_replay", "isdft"}:
+    if method in {"sft", "sft_replay"}:
         given["learning_rate"] = base.learning_rate
     if method == "full_sft":
         given |= {"layers": (0.0, 1.0), "embeddings": True, "learning_rate": 2e-5}

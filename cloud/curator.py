@@ -86,7 +86,7 @@ class _Metrics:
         )
         self.teacher = Gauge(
             "anabranch_teacher_lead_nats",
-            "How much better than the student the teacher knew held-out demonstrations, nats a token",
+            "The teacher's lead over the student on held-out demonstrations, nats a token",
             ["channel"],
             registry=registry,
         )

@@ -36,8 +36,8 @@ class LearnerConfig:
       ``ema`` of the student with ``ema_rate`` a step, or the ``current`` student.
     - ``teacher_prompt``: the demonstration as earlier ``turns`` of the chat, ``shown`` times, or in
       the paper's ``prose``.
-    - ``sharpness``: power of the teacher's probabilities before they are renormalised; above 1 it is
-      surer than it says.
+    - ``sharpness``: power of the teacher's probabilities before they are renormalised; above 1 it
+      is surer than it says.
     - ``rollouts``: answers that are scored: ``guided`` walks (a proposal stands from ``guidance``
       of the teacher's best probability on), ``on-policy`` samples at ``temperature`` of at most
       ``cap`` tokens, or the ``demonstration`` itself.
@@ -45,7 +45,8 @@ class LearnerConfig:
       sample that reached ``cap`` without an end counts for nothing.
     - ``proximal``: where the target starts between student (0) and teacher (1) before it ramps to
       the teacher; 1 is off (iSDFT). ``base_weight``: weight of KL(base||student) on the lessons.
-    - ``hint``: weight of cross-entropy at the start, falling to 0 at the end.
+    - ``hint``: weight (0..1) of cross-entropy on the demonstration at the start and at the end; the
+      teacher has the rest.
     - ``fallback``: what to do where the teacher is not clearly better than the student: learn by
       ``sft``, ``stop``, or ``ignore``.
 
@@ -70,7 +71,7 @@ class LearnerConfig:
     ema_rate: float = 0.01
     teacher_prompt: Prompt = "turns"
     shown: int = 2
-    sharpness: float = 1.0
+    sharpness: float = 3.0
     rollouts: Rollouts = "guided"
     guidance: float = 0.1
     temperature: float = 1.0
@@ -79,7 +80,7 @@ class LearnerConfig:
     mask_truncated: bool = True
     proximal: float = 1.0
     base_weight: float = 0.0
-    hint: float = 0.0
+    hint: tuple[float, float] = (1.0, 0.5)
     fallback: Fallback = "sft"
 
     layers: tuple[float, float] = (0.5, 1.0)
@@ -93,7 +94,7 @@ class LearnerConfig:
     replay_batch: int = 4
     ewc: float = 0.0
 
-    steps: int = 55
+    steps: int = 80
     batch: int = 8
     learning_rate: float = 1.5e-4
     warmup: int = 5
@@ -123,19 +124,26 @@ class LearnerConfig:
         for name, kind in kinds.items():
             if (value := getattr(self, name)) not in get_args(kind):
                 _refuse(f"{name} is {value!r}: choose from {', '.join(get_args(kind))}")
+        self._check_ranges()
+        first, last = self.layers
+        if not 0 <= first < last <= 1:
+            _refuse(f"layers are {first}:{last}: shares of the depth, such as 0.5:1.0")
+        if self.embeddings and (first > 0 or self.rank):
+            _refuse("embeddings train only with all layers (0.0:1.0) and without a rank")
+        if self.rollouts == "on-policy" and any(self.hint):
+            _refuse("a hint needs rollouts along the demonstration: guided or demonstration")
+        if self.learning_rate <= 0 or self.temperature <= 0:
+            _refuse("learning_rate and temperature are above 0")
+
+    def _check_ranges(self) -> None:
         for name in ("steps", "batch", "row_tokens", "cap", "shown"):
             if getattr(self, name) < 1:
                 _refuse(f"{name} is {getattr(self, name)}: at least 1 is needed")
         for name in ("js_beta", "guidance", "ema_rate", "proximal"):
             if not 0 <= getattr(self, name) <= 1:
                 _refuse(f"{name} is {getattr(self, name)}: it lies between 0 and 1")
-        first, last = self.layers
-        if not 0 <= first < last <= 1:
-            _refuse(f"layers are {first}:{last}: shares of the depth, such as 0.5:1.0")
-        if self.embeddings and (first > 0 or self.rank):
-            _refuse("embeddings train only with all layers (0.0:1.0) and without a rank")
-        if self.learning_rate <= 0 or self.temperature <= 0:
-            _refuse("learning_rate and temperature are above 0")
+        if not all(0 <= part <= 1 for part in self.hint):
+            _refuse(f"hint is {self.hint}: two shares between 0 and 1, at the start and at the end")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401  # any field's type
@@ -156,7 +164,7 @@ class LearnerConfig:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Self:
         """Options as ``json`` wrote ``dataclasses.asdict`` of them."""
-        return cls(**(raw | {"layers": tuple(raw["layers"])}))
+        return cls(**(raw | {name: tuple(raw[name]) for name in ("layers", "hint")}))
 
     @property
     def scored_once(self) -> bool:
@@ -178,8 +186,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sft-anchored": {"method": "sft"},
     "lora": {"method": "sft", "rank": 16, "learning_rate": 5e-4, **_ALONE},
     "ewc": {"method": "sft", "ewc": 1000.0, **_ALONE},
-    "isdft": {"proximal": 0.25, "base_weight": 2e-3},
+    "isdft": {"proximal": 0.25, "base_weight": 2e-3, "sharpness": 1.0, "hint": (0.0, 0.0)},
     "sdft-paper": {
+        "sharpness": 1.0,
+        "hint": (0.0, 0.0),
         "divergence": "forward",
         "top_k": 0,
         "teacher": "ema",

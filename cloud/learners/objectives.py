@@ -188,7 +188,8 @@ class Sdft:
         loss = tokens[min(config.skip, walked - 1) : walked].mean()
         if drawn.base is not None:
             loss = loss + config.base_weight * drawn.base.kl(ours).mean()
-        if hint := config.hint * (1 - fraction):
+        first, last = config.hint
+        if hint := first + (last - first) * fraction:
             loss = (1 - hint) * loss + hint * cross_entropy(ours, answer, config.skip)
         return Part(loss, replaced, cut)
 

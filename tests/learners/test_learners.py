@@ -31,10 +31,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema teacher": {"teacher": "ema", "ema_rate": 0.1},
     "current teacher": {"teacher": "current"},
     "demonstrations": {"rollouts": "demonstration"},
-    "on-policy": {"rollouts": "on-policy", "mask_truncated": False},
+    "on-policy": {"rollouts": "on-policy", "mask_truncated": False, "hint": (0.0, 0.0)},
     "skip": {"skip": 2},
-    "hint": {"hint": 0.5},
-    "sharp": {"sharpness": 3.0},
+    "hint": {"hint": (0.5, 0.1)},
+    "as the teacher says": {"sharpness": 1.0, "hint": (0.0, 0.0)},
     "one middle layer": {"layers": (0.0, 0.5)},
     "all layers": {"layers": (0.0, 1.0)},
     "rank": {"rank": 2},
@@ -124,6 +124,8 @@ def test_an_unknown_learner_or_option_is_named_with_what_there_is() -> None:
         small("sdft", divergence="forwards")
     with pytest.raises(InvalidInputError, match="shares of the depth"):
         small("sdft", layers=(0.5, 0.5))
+    with pytest.raises(InvalidInputError, match="a hint needs rollouts along"):
+        small("sdft", rollouts="on-policy")
     with pytest.raises(InvalidInputError, match="embeddings train only with all layers"):
         small("sdft", embeddings=True)
 
@@ -174,7 +176,7 @@ def test_ewc_holds_weights_near_where_they_were(tiny_folder: Path) -> None:
 
 
 def test_samples_that_the_cap_cut_count_for_nothing(tiny_folder: Path) -> None:
-    config = small("sdft", rollouts="on-policy", cap=1, skip=0, anchor_batch=0)
+    config = small("sdft", rollouts="on-policy", cap=1, hint=(0.0, 0.0), anchor_batch=0)
     losses: list[float] = []
     course = replace(COURSE, replay=())
     run(tiny_folder, config, course=course, report=lambda s: losses.append(s.loss))
