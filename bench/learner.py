@@ -20,7 +20,8 @@ included); ``sdft`` our default. ``--full`` takes five skills, three seeds, more
     make bench-learner         # three skills, one seed: some 40 minutes on two cores
     make bench-learner-full    # hours; what is done already is not done again
 
-Results go to ``--out`` after every stage, with seeds, machine and each request's outcome.
+Results go to ``--out`` after every method and seed, with machine and each request's outcome.
+Intervals are over requests, given these runs: they say nothing of how runs differ.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from bench import human, retention, setup, skills, trl
 from cloud import adapt
 from cloud.gate.gate import base_kl
 from cloud.learners import prompts
-from cloud.learners.config import LearnerConfig
+from cloud.learners.config import PRESETS, LearnerConfig
 from cloud.students.export import write_back
 from cloud.students.importer import ANSWERS
 from edge.student.runtime import Student
-from protos.errors import AnabranchError
+from protos.errors import AnabranchError, InvalidInputError
 from protos.prompt import chat
 
 if TYPE_CHECKING:
@@ -83,6 +84,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "isdft": {"hint": (0.0, 0.0), "sharpness": 1.0, "proximal": 0.25, "base_weight": 2e-3},
 }
 """Our learner with one thing changed."""
+_ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
+RIVALS: dict[str, dict[str, Any]] = {
+    "sft": _ALONE,
+    "sft_replay": {"anchor_batch": 0},
+    "lora": {**_ALONE, "rank": 16, "learning_rate": 5e-4},
+    "ewc": {**_ALONE, "ewc": PRESETS["ewc"]["ewc"]},
+    "full_sft": {**_ALONE, "layers": (0.0, 1.0), "embeddings": True, "learning_rate": 2e-5},
+}
+"""Cross-entropy with our options, but for these."""
 ANY_STEPS = 100_000  # a budget in seconds ends the job before
 
 
@@ -101,7 +111,6 @@ class Plan:
 
 def config_of(method: str, seed: int, ours: float | None, base: LearnerConfig) -> LearnerConfig:
     """Options of a method; ``ours`` are the seconds that our learner took, ``base`` its options."""
-    name = {"full_sft": "sft"}.get(method, method).replace("_", "-")
     if method in ABLATIONS:
         return replace(base, seed=seed, **ABLATIONS[method])
     if method == "sft_anchored":
@@ -109,12 +118,7 @@ def config_of(method: str, seed: int, ours: float | None, base: LearnerConfig) -
             msg = "sft_anchored has the time that sdft took: measure sdft too, before it"
             raise AnabranchError(msg)
         return replace(base, method="sft", seed=seed, steps=ANY_STEPS, budget_seconds=ours)
-    given: dict[str, Any] = {"seed": seed, "steps": base.steps}
-    if method in {"sft", "sft_replay"}:
-        given["learning_rate"] = base.learning_rate
-    if method == "full_sft":
-        given |= {"layers": (0.0, 1.0), "embeddings": True, "learning_rate": 2e-5}
-    return LearnerConfig.named(name, **given)
+    return replace(base, method="sft", seed=seed, **RIVALS[method])
 
 
 class Sequence:
@@ -146,7 +150,7 @@ class Sequence:
             name = f"{self.method}: {material.name}"
             if self.method == "trl":
                 tell(name, 0.0)
-                state, note = self._peer(stage, folder, base.steps)
+                state, note = self._peer(stage, folder, base.steps, base.batch)
             else:
                 config = config_of(self.method, self.seed, ours[stage] if ours else None, base)
                 spec = self._spec(stage, learnt, current, config)
@@ -160,7 +164,7 @@ class Sequence:
             self._measure(current, stage)
             say(
                 f"{self.method}, seed {self.seed}, {material.name}: {note['steps']} steps in "
-                f"{note['sdft_seconds']:.0f} s, {self.result['matrix'][-1]}"
+                f"{note['learn_seconds']:.0f} s, {self.result['matrix'][-1]}"
             )
         self._finish(current, tell)
 
@@ -181,7 +185,7 @@ class Sequence:
         )
 
     def _peer(
-        self, stage: int, folder: Path, steps: int
+        self, stage: int, folder: Path, steps: int, batch: int
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """A stage by TRL: the paper's recipe, but the teacher sees turns (prose it cannot read)."""
         before = self.imported.masters if not stage else folder / f"trl-{stage - 1}"
@@ -190,7 +194,7 @@ class Sequence:
             tokenizer=self.imported.bundle / "tokenizer.json",
             system=skills.SYSTEM,
             steps=steps,
-            batch=LearnerConfig.batch,
+            batch=batch,
             cap=skills.harness().max_tokens,
             seed=self.seed,
             teacher="given",
@@ -200,10 +204,10 @@ class Sequence:
         state = load_file(save / "model.safetensors")
         return state, {
             "steps": steps,
-            "sdft_seconds": note["train_seconds"],
+            "method": "trl",
+            "learn_seconds": note["train_seconds"],
             "step_seconds": note["median_step_seconds"],
             "losses": note["losses"],
-            "peak_mb": note["peak_mb"],
         }
 
     def _replay(self, stage: int) -> tuple[Any, ...]:
@@ -287,7 +291,13 @@ def summary(plan: Plan, runs: dict[str, dict[str, Any]], base: dict[str, Any]) -
         drops = [base["retention"]["mean"] - r["retention"]["mean"] for r in done.values()]
         mean["retention_drop"] = round(statistics.fmean(drops), 4)
         first = next(iter(done.values()))
-        methods[method] = {**mean, "matrix": first["matrix"], "seeds": list(done)}
+        learnt_by = sorted({s["method"] for r in done.values() for s in r["stages"]})
+        methods[method] = {
+            **mean,
+            "matrix": first["matrix"],
+            "seeds": list(done),
+            "learnt_by": learnt_by,  # sdft falls back to sft where its teacher is no better
+        }
         rival = {s: r for s, r in done.items() if f"sdft/{s}" in runs}
         if method != "sdft" and rival:
             ours = [right for s in rival for right in runs[f"sdft/{s}"]["correct"][-1]]
@@ -357,10 +367,14 @@ def measure(plan: Plan, base_config: LearnerConfig, out: Path) -> None:
     kept = json.loads(out.read_text()) if out.exists() else {}
     same = json.loads(json.dumps(note))
     settings = ("skills", "train", "tests", "replay", "rows")
-    if kept and (
-        kept["sdft"] != same["sdft"] or any(kept["plan"][s] != same["plan"][s] for s in settings)
-    ):
-        kept = {}
+    if kept:
+        other = [s for s in settings if kept["plan"][s] != same["plan"][s]]
+        other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
+        if other:
+            msg = (
+                f"{out} was measured with other {', '.join(other)}: name another --out, or move it"
+            )
+            raise InvalidInputError(msg)
     runs: dict[str, Any] = kept.get("runs", {})
     with Progress() as progress:
         bar = progress.add_task("student: import", total=1.0)
@@ -380,9 +394,10 @@ def measure(plan: Plan, base_config: LearnerConfig, out: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 ours = runs.get(f"sdft/{seed}")
-                seconds = [s["sdft_seconds"] for s in ours["stages"]] if ours else None
+                seconds = [s["learn_seconds"] for s in ours["stages"]] if ours else None
                 sequence = Sequence(plan, method, seed, imported)
                 sequence.run(folder, seconds, base_config, tell, progress.console.print)
+                sequence.result |= {"date": time.strftime("%Y-%m-%d"), "machine": setup.machine()}
                 runs[f"{method}/{seed}"] = sequence.result
                 shutil.rmtree(folder)
                 note |= {

@@ -79,7 +79,7 @@ def ours(method: str, student: Path) -> dict[str, Any]:
         "step_seconds": round(note["step_seconds"] + shared, 3),
         "step_alone_seconds": note["step_seconds"],
         "scoring_seconds": note["scoring_seconds"],
-        "peak_mb": note["peak_mb"],
+        "peak_mb": adapt.peak_mb(),
         "config": asdict(job.learner),
     }
 
@@ -131,8 +131,11 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             [sys.executable, "-m", "bench.learner_speed", "--one", method, "--out", options.out],
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
+            check=False,
         )
+        if ended.returncode:
+            msg = f"{method} ended with {ended.returncode}: its error stands above"
+            raise AnabranchError(msg)
         methods[method] = json.loads(ended.stdout)
         progress.console.print(f"{method}: {methods[method]['step_seconds']} s a step")
     progress.update(bar, completed=1.0)

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from cloud.gate import gate
 from cloud.learners import prompts
-from cloud.learners.checkpoint import Checkpoints
+from cloud.learners.checkpoint import remove_checkpoints
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control, Course, Lesson, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
@@ -85,6 +85,7 @@ class Spec:
             raw[name] = tuple(_shown(r) for r in raw[name])
         raw["learner"] = LearnerConfig.from_json(raw["learner"])
         raw["gate"] = gate.GateConfig(**raw["gate"])
+        raw.pop("split_share", None)  # of specs before learners had `layers`
         return cls(**raw)
 
 
@@ -117,11 +118,17 @@ class Progress:
         self._path = path
         self._clock = clock
         self._began = clock()
+        self._phase, self._since = "", (0.0, 0.0)
 
     def __call__(self, phase: str, fraction: float, **more: float) -> None:
         """Write how far the job is."""
         spent = self._clock() - self._began
-        left = spent * (1 - fraction) / fraction if fraction > 0 else None
+        kind, _, _ = phase.partition(",")
+        if kind != self._phase:
+            # A job that goes on begins in the middle, and phases differ in pace.
+            self._phase, self._since = kind, (spent, fraction)
+        done = fraction - self._since[1]
+        left = (spent - self._since[0]) * (1 - fraction) / done if done > 0 else None
         note = {"phase": phase, "fraction": round(fraction, 4), "seconds": round(spent, 1)}
         note["seconds_left"] = None if left is None else round(left, 1)
         write_atomically(self._path, json.dumps(note | more))
@@ -221,6 +228,7 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
         ],
     }
     write_atomically(job / "result.json", json.dumps(result, indent=1))
+    remove_checkpoints(job)
     progress("done", 1.0)
     return result
 
@@ -299,12 +307,14 @@ def open_model(
     layers, (first, last) = model.config.num_hidden_layers, spec.learner.layers
     before = [int(n.split(".")[2]) for n in learnt if n.startswith("model.layers.")]
     begin = round(layers * first)
+    held = any("embed_tokens" in n or "lm_head" in n for n in learnt)
     return SplitModel(
         model,
-        split=min([begin, *before]),
+        split=0 if held else min([begin, *before]),
         begin=begin,
         end=round(layers * last),
         embeddings=spec.learner.embeddings,
+        held_embeddings=held,
         device=device or torch.device("cpu"),
     )
 
@@ -330,7 +340,7 @@ def course(spec: Spec) -> Course:
         lessons=tuple(encoder.lesson(d, spec.learner) for d in spec.train),
         held_out=tuple(encoder.lesson(d, spec.learner) for d in spec.held_out),
         replay=tuple(encoder.example(d.messages, d.answer) for d in spec.replay),
-        anchors=tuple(_anchors(spec)) if spec.learner.anchor_batch else (),
+        anchors=tuple(_anchors(spec)) if spec.learner.anchor_batch or spec.learner.ewc else (),
     )
 
 
@@ -355,8 +365,8 @@ def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _end(job: Path, why: str) -> None:
     """Write why there is no candidate; the same input fails the same way, so nothing goes on."""
+    remove_checkpoints(job)  # first: the disk may be full
     write_failure(job, why)
-    Checkpoints(job, "").remove()
 
 
 def main() -> int:

@@ -393,8 +393,9 @@ class Curator:
 
     def _show(self, result: dict[str, Any]) -> None:
         self._metrics.seconds.labels(self._channel).set(result["sdft_seconds"])
-        self._metrics.memory.labels(self._channel).set(result["peak_mb"] * 1e6)
-        if result["teacher"] is not None:
+        if "peak_mb" in result:  # results before 0.2 have neither
+            self._metrics.memory.labels(self._channel).set(result["peak_mb"] * 1e6)
+        if result.get("teacher") is not None:
             self._metrics.teacher.labels(self._channel).set(result["teacher"]["gain"])
         for check in result["checks"]:
             self._metrics.value.labels(self._channel, check["name"]).set(check["value"])

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 
 from cloud.learners.targets import Target
-from edge.delta.files import AtomicFile
+from edge.delta.files import TEMPORARY, AtomicFile
 from protos.errors import StorageError
 
 if TYPE_CHECKING:
@@ -37,13 +37,14 @@ def key_of(course: Course, config: LearnerConfig) -> str:
 
 @dataclass(frozen=True)
 class State:
-    """A job after ``step`` steps and ``spent`` seconds.
+    """A job after ``step`` steps and ``spent`` seconds, ``scoring`` of them before the first step.
 
     ``tensors`` are named; ``optimizer`` is its ``state_dict``; ``dice`` what draws lessons.
     """
 
     step: int
     spent: float
+    scoring: float
     tensors: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     dice: dict[str, Any]
@@ -97,12 +98,6 @@ class Checkpoints:
             return None
         return {name: [Target.from_state(t) for t in ts] for name, ts in raw.items()}
 
-    def remove(self) -> None:
-        """Delete both files: the job has its result."""
-        if self._folder is not None:
-            for name in (_SCORES, _STATE):
-                (self._folder / name).unlink(missing_ok=True)
-
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         if self._folder is None:
             return
@@ -111,8 +106,9 @@ class Checkpoints:
                 writer = cast("IO[bytes]", _Writer(file))
                 torch.save({"key": self._key, "content": dict(content)}, writer)
                 file.commit()
-        except StorageError as error:
-            log.warning("no checkpoint, the one before stays: %s", error)
+        except (StorageError, RuntimeError) as error:
+            # torch closes its archive although the file has failed, and then complains of that.
+            log.warning("no checkpoint, the one before stays: %s", error.__context__ or error)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         if self._folder is None or not (self._folder / name).exists():
@@ -127,3 +123,10 @@ class Checkpoints:
             return None
         content: dict[str, Any] = raw["content"]
         return content
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete what a job kept to go on from, finished or not: it has its result."""
+    for name in (_SCORES, _STATE):
+        for path in (folder / name, folder / (name + TEMPORARY)):
+            path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ rivals, and ``sdft-paper`` is the recipe of the paper (Shenfeld et al., arXiv 26
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
@@ -18,6 +19,19 @@ Rollouts = Literal["guided", "on-policy", "demonstration"]
 Schedule = Literal["plateau", "cosine"]
 Fallback = Literal["sft", "stop", "ignore"]
 Prompt = Literal["turns", "prose"]
+
+
+_TINY = 1e-12
+_RANGES = {
+    (1, math.inf, "at least 1"): ("steps", "batch", "row_tokens", "cap", "shown"),
+    (_TINY, math.inf, "it is above 0"): ("learning_rate", "temperature", "sharpness", "clip"),
+    (_TINY, 1 - _TINY, "it lies between 0 and 1"): ("js_beta",),
+    (0, 1, "between 0 and 1"): ("guidance", "ema_rate", "proximal", "hint"),
+    (0, math.inf, "it is not negative"): (
+        *("top_k", "skip", "rank", "anchor_batch", "replay_batch", "anchor_weight"),
+        *("replay_weight", "base_weight", "ewc", "budget_seconds", "weight_decay"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -132,18 +146,16 @@ class LearnerConfig:
             _refuse("embeddings train only with all layers (0.0:1.0) and without a rank")
         if self.rollouts == "on-policy" and any(self.hint):
             _refuse("a hint needs rollouts along the demonstration: guided or demonstration")
-        if self.learning_rate <= 0 or self.temperature <= 0:
-            _refuse("learning_rate and temperature are above 0")
+        if self.rollouts == "on-policy" and self.base_weight:
+            _refuse("base_weight needs rollouts along the demonstration: guided or demonstration")
 
     def _check_ranges(self) -> None:
-        for name in ("steps", "batch", "row_tokens", "cap", "shown"):
-            if getattr(self, name) < 1:
-                _refuse(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        for name in ("js_beta", "guidance", "ema_rate", "proximal"):
-            if not 0 <= getattr(self, name) <= 1:
-                _refuse(f"{name} is {getattr(self, name)}: it lies between 0 and 1")
-        if not all(0 <= part <= 1 for part in self.hint):
-            _refuse(f"hint is {self.hint}: two shares between 0 and 1, at the start and at the end")
+        for (low, high, words), names in _RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                parts = value if isinstance(value, tuple) else (value,)
+                if not all(low <= part <= high for part in parts):
+                    _refuse(f"{name} is {value}: {words}")
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Self:  # noqa: ANN401  # any field's type
@@ -164,7 +176,7 @@ class LearnerConfig:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Self:
         """Options as ``json`` wrote ``dataclasses.asdict`` of them."""
-        return cls(**(raw | {name: tuple(raw[name]) for name in ("layers", "hint")}))
+        return cls(**(raw | {n: tuple(raw[n]) for n in ("layers", "hint") if n in raw}))
 
     @property
     def scored_once(self) -> bool:

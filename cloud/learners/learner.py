@@ -56,7 +56,8 @@ def learn(
         config: the learner.
         control: who watches, and where checkpoints go. Killed at any time and called again with the
             same arguments, it comes to the same weights (to the last bit on the same machine, as
-            long as no budget ends it).
+            long as neither a budget nor a divergence ends it). Who has stored the outcome removes
+            the checkpoints.
         end: id of the token that ends an answer.
         learnt: weights of the release before, by name in the whole model.
 
@@ -93,7 +94,6 @@ def learn(
     training = _Training(model, course, config, control, objective, scores, files)
     scoring = control.clock() - began
     stopped = training.run(method, scoring)
-    files.remove()
     return Outcome(
         model.learnt(), method, training.step, stopped, measured, scoring, training.seconds
     )
@@ -176,7 +176,7 @@ class _Training:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        earlier = course.replay or course.anchors
+        earlier = (*course.replay, *course.anchors)
         self._ewc = Ewc(model, earlier, self._parameters, config.ewc) if config.ewc else None
         self._losses: list[float] = []
         self._good: dict[str, torch.Tensor] | None = None
@@ -189,14 +189,14 @@ class _Training:
         ``scoring`` are the seconds that were spent before.
         """
         config, clock = self._config, self._control.clock
-        spent = scoring
+        spent = start = scoring
         state = self._files.load()
         if state is not None and state.method == method:
             self._restore(state)
-            spent = state.spent
+            spent, start = state.spent, state.scoring
             log.info("going on after step %d", self.step)
+        del state  # its weights were copied
         saved, last = spent, clock()
-        start = min(spent, scoring)
         while (fraction := self._fraction(spent, start)) < 1:
             before = clock()
             try:
@@ -208,9 +208,9 @@ class _Training:
             self.seconds.append(now - before)
             self._control.report(report)
             if spent - saved >= config.checkpoint_seconds:
-                self._save(spent, method)
+                self._save(spent, start, method)
                 saved = spent
-        if not all(bool(p.isfinite().all()) for p in self._parameters.values()):
+        if not self._finite():
             return self._fall_back("weights are no longer finite")
         if self.step < config.steps:
             return f"the budget of {config.budget_seconds:.0f} s ended after {self.step} steps"
@@ -241,10 +241,12 @@ class _Training:
         config = self._config
         lessons, replay, anchors = self._draw()
         losses, parts = self._gradients(lessons, [*replay, *anchors], fraction)
-        loss = statistics.fmean(p for p in losses[: len(lessons)])
+        told = [x for x, d in zip(losses, lessons, strict=False) if d.counts]
+        loss = statistics.fmean(told) if told else 0.0
         held = sum(losses[len(lessons) : len(lessons) + len(replay)])
         anchor = sum(losses[len(lessons) + len(replay) :])
-        self._watch(loss + held + anchor)
+        if told:
+            self._watch(loss + held + anchor)
         rate = config.learning_rate * _rate(self.step, fraction, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -297,10 +299,13 @@ class _Training:
             again = self._config.rollouts != "on-policy"
             log_probs = self._model.log_probs(self._model.upper, row, keep=again)
             total = log_probs.new_zeros(())
-            for ours in torch.split(log_probs, [len(e.answer) for e in row]):
-                term = next(left)
+            mine = [next(left) for _ in row]
+            told = iter(self._objective.targets([t for t in mine if isinstance(t, Drawn)]))
+            for term, ours in zip(
+                mine, torch.split(log_probs, [len(e.answer) for e in row]), strict=True
+            ):
                 if isinstance(term, Drawn):
-                    part = self._objective.loss(term, ours, fraction)
+                    part = self._objective.loss(term, next(told), ours, fraction)
                     total = total + part.loss / counted
                     losses.append(part.loss.item())
                     walks.append((part.replaced, part.cut))
@@ -328,7 +333,18 @@ class _Training:
             msg = f"the loss rose from {first:.2f} to {now:.2f} by step {self.step + 1}"
             raise FloatingPointError(msg)
         if self.step and self.step % _GOOD_EVERY == 0 and now <= first + plus:
+            self._keep()
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        """Remember the weights as good, in the memory of those before."""
+        if self._good is None:
             self._good = {name: p.detach().clone() for name, p in self._parameters.items()}
+        for name, p in self._parameters.items():
+            self._good[name].copy_(p)
+
+    def _finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self._parameters.values())
 
     def _fall_back(self, why: str) -> str:
         """Back to the last good weights."""
@@ -340,14 +356,23 @@ class _Training:
         log.warning("%s: back to the last good weights", why)
         return f"{why}; the last good weights are kept"
 
-    def _save(self, spent: float, method: str) -> None:
+    def _save(self, spent: float, scoring: float, method: str) -> None:
+        if not self._finite():
+            return  # the next loss will say so
         tensors = {f"weights/{n}": p.detach() for n, p in self._parameters.items()}
         teacher = getattr(self._objective, "teacher", None)
         if teacher is not None and self._config.teacher == "ema":
             tensors |= {f"teacher/{n}": p for n, p in teacher.named_parameters()}
         dice: dict[str, Any] = {"rng": self._rng.getstate(), "left": [d.left for d in self._draws]}
         state = State(
-            self.step, spent, tensors, self._optimizer.state_dict(), dice, method, self._losses
+            self.step,
+            spent,
+            scoring,
+            tensors,
+            self._optimizer.state_dict(),
+            dice,
+            method,
+            self._losses,
         )
         self._files.save(state)
 
@@ -364,7 +389,7 @@ class _Training:
         for draw, left in zip(self._draws, state.dice["left"], strict=True):
             draw.left = list(left)
         self.step, self._losses = state.step, list(state.losses)
-        self._good = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._keep()
 
 
 def _held(pairs: Sequence[tuple[Example, Target]], weight: float) -> list[_Held]:

@@ -108,6 +108,8 @@ class SplitModel:
         begin: the first layer that learns, at least ``split``; None: that one.
         end: the layers from here on stay frozen too; None: all from ``begin`` on learn.
         embeddings: embeddings and head learn as well; then ``split`` is 0.
+        held_embeddings: they were learnt before: they belong to the upper layers, but learn no
+            more unless ``embeddings``; ``split`` is 0 then, too.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class SplitModel:
         begin: int | None = None,
         end: int | None = None,
         embeddings: bool = False,
+        held_embeddings: bool = False,
     ) -> None:
         model.requires_grad_(requires_grad=False)
         nn.Module.to(model, device)
@@ -130,8 +133,9 @@ class SplitModel:
         self._lower = list(inner.layers[:split])
         self._rotary = inner.rotary_emb
         self._head = model.lm_head
-        learning = (inner.embed_tokens, model.lm_head) if embeddings else ()
-        self.upper = Upper(list(inner.layers[split:]), inner.norm, *learning)
+        outer = (inner.embed_tokens, model.lm_head) if embeddings or held_embeddings else ()
+        self.upper = Upper(list(inner.layers[split:]), inner.norm, *outer)
+        self._outer = ("embed.", "head.") if embeddings else ()
         last = len(inner.layers) if end is None else end
         self._learning = range((split if begin is None else begin) - split, last - split)
         self._rank = 0
@@ -151,7 +155,10 @@ class SplitModel:
         upper = self._named()
         for name, value in state.items():
             if name not in upper or upper[name].shape != value.shape:
-                msg = f"{name} was learnt before and cannot be gone on from: check `layers`"
+                msg = (
+                    f"{name} was learnt before and cannot be gone on from: "
+                    "check `layers` and `embeddings`"
+                )
                 raise TrainingError(msg)
             upper[name].data.copy_(value)
 
@@ -166,7 +173,7 @@ class SplitModel:
         """The parameters that an optimizer may change, by their name in the upper layers."""
         learning = tuple(f"layers.{i}." for i in self._learning)
         last = self._learning.stop == len(self.upper.layers)
-        outside = ("embed.", "head.", "norm.") if last else ("embed.", "head.")
+        outside = (*self._outer, "norm.") if last else self._outer
         chosen: dict[str, nn.Parameter] = {}
         for name, value in self.upper.named_parameters():
             inside = name.startswith(learning)

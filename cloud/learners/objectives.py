@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A lesson as one step sees it: the sequence that is scored, and what to learn there.
+    """A lesson as one step sees it: its number, and the sequence that is scored.
 
-    ``base`` is the imported model's word on the same tokens, if it is asked.
+    ``teacher`` is the same answer as the teacher sees it; ``counts`` is False for one that teaches
+    nothing.
     """
 
+    number: int
     example: Example
-    target: Target | None = None
-    base: Target | None = None
+    teacher: Example
     counts: bool = True
 
 
@@ -47,11 +48,17 @@ class Objective(Protocol):
     def draw(self, picked: Sequence[int], step: int) -> list[Drawn]:
         """The lessons with these numbers as step ``step`` learns from them."""
 
-    def loss(self, drawn: Drawn, ours: torch.Tensor, fraction: float) -> Part:
+    def targets(self, drawn: Sequence[Drawn]) -> list[Target | None]:
+        """What to learn from the lessons of one row."""
+
+    def loss(
+        self, drawn: Drawn, target: Target | None, ours: torch.Tensor, fraction: float
+    ) -> Part:
         """Loss of one lesson.
 
         Args:
             drawn: as :meth:`draw` gave it.
+            target: as :meth:`targets` gave it.
             ours: the student's log-probabilities [answer tokens, vocabulary].
             fraction: of the job that is done, 0..1.
         """
@@ -62,6 +69,7 @@ class Objective(Protocol):
 
 def cross_entropy(ours: torch.Tensor, answer: Sequence[int], skip: int = 0) -> torch.Tensor:
     """Mean of ``-log p`` in nats over an answer's tokens, the first ``skip`` left out."""
+    skip = min(skip, len(answer) - 1)
     ids = torch.tensor(answer, device=ours.device)[skip:, None]
     return -ours[skip:].gather(1, ids).mean()
 
@@ -74,9 +82,19 @@ class Sft:
 
     def draw(self, picked: Sequence[int], step: int) -> list[Drawn]:  # noqa: ARG002
         """See :class:`Objective`."""
-        return [Drawn(self._lessons[i].student) for i in picked]
+        return [Drawn(i, self._lessons[i].student, self._lessons[i].teacher) for i in picked]
 
-    def loss(self, drawn: Drawn, ours: torch.Tensor, fraction: float) -> Part:  # noqa: ARG002
+    def targets(self, drawn: Sequence[Drawn]) -> list[Target | None]:
+        """None: the answer says it."""
+        return [None] * len(drawn)
+
+    def loss(
+        self,
+        drawn: Drawn,
+        target: Target | None,  # noqa: ARG002
+        ours: torch.Tensor,
+        fraction: float,  # noqa: ARG002
+    ) -> Part:
         """See :class:`Objective`."""
         return Part(cross_entropy(ours, drawn.example.answer))
 
@@ -123,25 +141,26 @@ class Sdft:
         counts = [True] * len(lessons)
         if config.rollouts == "on-policy":
             lessons, counts = self._on_policy(lessons, step)
-        if self._scored:
-            found = [self._scored[i] for i in picked]
-        else:
-            upper = self._model.upper if self.teacher is None else self.teacher
-            found = list(
-                targets.score(
-                    self._model,
-                    upper,
-                    [lesson.teacher for lesson in lessons],
-                    tokens=config.row_tokens,
-                    kept=config.top_k,
-                    keep=config.rollouts != "on-policy",
-                )
-            )
-        base = [self._base[i] for i in picked] if self._base else [None] * len(lessons)
         return [
-            Drawn(lesson.student, target, b, counts=count)
-            for lesson, target, b, count in zip(lessons, found, base, counts, strict=True)
+            Drawn(i, lesson.student, lesson.teacher, counts=count)
+            for i, lesson, count in zip(picked, lessons, counts, strict=True)
         ]
+
+    def targets(self, drawn: Sequence[Drawn]) -> list[Target | None]:
+        """The teacher's word, scored before or asked now."""
+        if self._scored:
+            return [self._scored[d.number] for d in drawn]
+        config = self._config
+        return list(
+            targets.score(
+                self._model,
+                self._model.upper if self.teacher is None else self.teacher,
+                [d.teacher for d in drawn],
+                tokens=config.row_tokens,
+                kept=config.top_k,
+                keep=config.rollouts != "on-policy",
+            )
+        )
 
     def _on_policy(self, lessons: Sequence[Lesson], step: int) -> tuple[list[Lesson], list[bool]]:
         config = self._config
@@ -166,10 +185,12 @@ class Sdft:
         ]
         return own, counts
 
-    def loss(self, drawn: Drawn, ours: torch.Tensor, fraction: float) -> Part:
+    def loss(
+        self, drawn: Drawn, target: Target | None, ours: torch.Tensor, fraction: float
+    ) -> Part:
         """See :class:`Objective`."""
-        config, target = self._config, drawn.target
-        assert target is not None  # noqa: S101  # draw gave one
+        config = self._config
+        assert target is not None  # noqa: S101  # this teacher always has a word
         if not drawn.counts:
             return Part(0 * ours.sum())
         answer = drawn.example.answer
@@ -186,8 +207,8 @@ class Sdft:
             teacher = targets.between(student.detach(), teacher, strength)
         tokens = targets.divergence(config.divergence, teacher, student, config.js_beta)
         loss = tokens[min(config.skip, walked - 1) : walked].mean()
-        if drawn.base is not None:
-            loss = loss + config.base_weight * drawn.base.kl(ours).mean()
+        if self._base:
+            loss = loss + config.base_weight * self._base[drawn.number].kl(ours).mean()
         first, last = config.hint
         if hint := first + (last - first) * fraction:
             loss = (1 - hint) * loss + hint * cross_entropy(ours, answer, config.skip)

@@ -44,8 +44,12 @@ def score_all(
     # Always first and in this order, whether the job is new or goes on: how sequences are packed
     # changes their last bits, and Adam makes much of little.
     model.encode([*(lesson.student for lesson in course.lessons), *course.replay, *course.anchors])
+    if config.method == "sdft" and not config.scored_once and config.rollouts != "on-policy":
+        model.encode([lesson.teacher for lesson in course.lessons])
     found = files.load_scores()
-    if found is None:
+    if found is not None:
+        found = {name: [t.to(model.device) for t in ts] for name, ts in found.items()}
+    else:
         early, late = _wanted(course, config)
         scoring = _Scoring(model, config, control, [*early.values(), *late.values()])
         scoring.run(early)

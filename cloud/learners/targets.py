@@ -75,6 +75,11 @@ class Target:
         """Forward KL [tokens] in nats from this target to ``log_probs`` [tokens, vocabulary]."""
         return divergence("forward", self.whole, self.see(log_probs))
 
+    def to(self, device: torch.device) -> Target:
+        """The same on another device."""
+        ids = None if self.ids is None else self.ids.to(device)
+        return Target(ids, self.log_probs.to(device), self.rest.to(device))
+
     def state(self) -> dict[str, torch.Tensor]:
         """For a file; :meth:`from_state` reads it."""
         state = {"log_probs": self.log_probs, "rest": self.rest}
@@ -109,8 +114,6 @@ def divergence(
         return _kl(teacher, student)
     if kind == "reverse":
         return _kl(student, teacher)
-    if beta in {0.0, 1.0}:
-        return teacher.new_zeros(len(teacher)) + 0 * student.sum(-1)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 

@@ -64,6 +64,7 @@ def run(
     report: Callable[[StepReport], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     learnt: Mapping[str, torch.Tensor] | None = None,
+    phase: Callable[[str, float], None] = lambda _, __: None,
 ) -> Outcome:
-    control = Control(clock, report=report, folder=keep)
+    control = Control(clock, report=report, phase=phase, folder=keep)
     return learn(split(folder, config), course, config, control, end=END, learnt=learnt)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from cloud.learners.checkpoint import remove_checkpoints
+from edge.delta.files import AtomicFile
 from protos.errors import StorageError, TrainingError
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sdft-paper": {"rollouts": "on-policy", "mask_truncated": False, "cap": 4, "skip": 0},
     "lora": {},
     "ewc": {},
-    "isdft": {"replay_batch": 2},
+    "isdft": {"replay_batch": 2, "teacher": "ema", "top_k": 0},
 }
 
 
@@ -58,7 +60,10 @@ def test_a_job_that_was_killed_comes_to_the_same_weights(
     again = run(tiny_folder, config, keep=tmp_path, report=seen.append)
     assert seen[0].step == 9  # the ninth step was not yet kept when the lights went out
     assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
-    assert not list(tmp_path.iterdir())  # a result needs no checkpoint
+    assert {p.name for p in tmp_path.iterdir()} == {"scores.pt", "checkpoint.pt"}
+    (tmp_path / "checkpoint.pt.tmp").touch()  # of a kill in the middle of writing
+    remove_checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sigkill_in_the_middle_leaves_a_checkpoint_that_is_whole(
@@ -99,7 +104,9 @@ def test_what_was_scored_is_not_scored_again(tiny_folder: Path, tmp_path: Path) 
         run(tiny_folder, config, keep=tmp_path, report=_out_after(1))
     assert [p.name for p in tmp_path.iterdir()] == ["scores.pt"]
     whole = run(tiny_folder, config)
-    again = run(tiny_folder, config, keep=tmp_path)
+    phases: list[str] = []
+    again = run(tiny_folder, config, keep=tmp_path, phase=lambda name, _: phases.append(name))
+    assert not phases
     assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
 
 
@@ -128,14 +135,22 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_job(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def full(*_: object) -> None:
-        msg = "writing the checkpoint: No space left on device"
-        raise StorageError(msg)
+    left = 20_000
+    write = AtomicFile.write
 
-    monkeypatch.setattr("edge.delta.files.AtomicFile.write", full)
+    def full(self: AtomicFile, data: bytes) -> None:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            msg = "writing the checkpoint: No space left on device"
+            raise StorageError(msg)
+        write(self, data)
+
+    monkeypatch.setattr(AtomicFile, "write", full)
     config = small("sdft", steps=3, checkpoint_seconds=0.0)
     assert run(tiny_folder, config, keep=tmp_path).steps == 3
     assert "no checkpoint, the one before stays" in caplog.text
+    assert "No space left on device" in caplog.text
 
 
 def test_a_budget_ends_in_time_with_the_rate_on_its_way_down(tiny_folder: Path) -> None:
