@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -15,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from cloud import jobs as job_rules
 from cloud.adapt import Spec
 from cloud.gate.gate import GateConfig
-from cloud.learners.config import LearnerConfig
+from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.policy import PolicyConfig, Situation, decide
 from cloud.releases.store import WEIGHTS
 from edge.student.bundle import sha256_file
@@ -49,7 +50,7 @@ class CuratorConfig:
     """
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    learner: LearnerConfig = field(default_factory=partial(LearnerConfig.named, DEFAULT))
     gate: GateConfig = field(default_factory=GateConfig)
     threads: int = 2
     probe_equal_share: float = 0.6

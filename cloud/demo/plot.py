@@ -108,7 +108,7 @@ def _accuracy(axes: Axes, record: Record, skill: str, color: str) -> None:
 
 
 def _jobs(axes: Axes, record: Record) -> None:
-    label: str | None = "adaptation (SDFT, gate)"
+    label: str | None = "adaptation (learning, gate)"
     for began in record.of("job", state="learning"):
         for ended in record.of("job", state="done", name=began["name"]):
             span = (began["t"] / 60, ended["t"] / 60)

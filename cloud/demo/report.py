@@ -133,7 +133,7 @@ def table(n: Numbers, held: Sequence[Bar]) -> Table:
     for name, value in (
         ("skill B with working memory, old weights", f"{n['skill_b_memory']:.3f}"),
         ("demonstrations used", str(n["demonstrations_used"])),
-        ("seconds of SDFT", f"{n['sdft_seconds']:.0f}"),
+        ("seconds of learning", f"{n['sdft_seconds']:.0f}"),
         ("delta, MB", f"{n['delta_bytes'] / 1e6:.2f}"),
         ("full files, MB", f"{n['full_bytes'] / 1e6:.1f}"),
         ("KL from the base model, nats a token", f"{n['base_kl']:.3f}"),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SYSTEM = "You control a smart home. Answer with one JSON tool call."
 DEMONSTRATIONS = 160
+STEPS = 70  # fewer than the default: a demo should end
 _INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
 
 
@@ -105,7 +106,8 @@ def _play(options: DemoOptions, console: Console, began: float) -> report.Number
         student = _student(out / "student", progress)
         scripts = _scripts(options.seed, progress)
         with Record(out / "events.jsonl", time.monotonic) as record:
-            settings = Settings(student, options.threads, ("--demonstrations", str(DEMONSTRATIONS)))
+            cloud = ("--demonstrations", str(DEMONSTRATIONS), "--steps", str(STEPS))
+            settings = Settings(student, options.threads, cloud)
             town = Town(out / "town", HOMES, settings, record)
             facts = asyncio.run(_live(town, scripts, record, progress, began))
             figures = report.numbers(record, facts)

@@ -71,7 +71,7 @@ def test_sigkill_in_the_middle_leaves_a_checkpoint_that_is_whole(
 ) -> None:
     script = (
         "import sys, time; from pathlib import Path; from learner_course import run, small\n"
-        "config = small('sdft', steps=200, checkpoint_seconds=0.0)\n"
+        "config = small('sdft', steps=60, checkpoint_seconds=0.0)\n"
         "run(Path(sys.argv[1]), config, keep=Path(sys.argv[2]))\n"
     )
     here = Path(__file__).parent
@@ -87,7 +87,7 @@ def test_sigkill_in_the_middle_leaves_a_checkpoint_that_is_whole(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    config = small("sdft", steps=200, checkpoint_seconds=0.0)
+    config = small("sdft", steps=60, checkpoint_seconds=0.0)
     seen: list[StepReport] = []
     again = run(tiny_folder, config, keep=tmp_path, report=seen.append)
     assert seen[0].step > 1
