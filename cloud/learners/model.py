@@ -223,7 +223,7 @@ class SplitModel:
         out = self._whole.generate(
             input_ids=ids.to(self.device),
             attention_mask=seen.to(self.device),
-            generation_config=_generation(temperature, cap, end),
+            generation_config=_generation(temperature, cap, end, self._whole.generation_config),
         )
         answers = []
         for row in out[:, longest:].tolist():
@@ -301,7 +301,7 @@ class SplitModel:
         return torch.log_softmax(head(upper(self.pack(sequences, keep=keep))), dim=-1)
 
 
-def _generation(temperature: float, cap: int, end: int) -> GenerationConfig:
+def _generation(temperature: float, cap: int, end: int, own: GenerationConfig) -> GenerationConfig:
     from transformers import GenerationConfig  # noqa: PLC0415  # seconds that others save
 
     return GenerationConfig(  # type: ignore[no-untyped-call]
@@ -312,6 +312,7 @@ def _generation(temperature: float, cap: int, end: int) -> GenerationConfig:
         max_new_tokens=cap,
         eos_token_id=end,
         pad_token_id=end,
+        bos_token_id=own.bos_token_id,  # else it is taken over with a warning
     )
 
 
