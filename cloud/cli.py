@@ -104,8 +104,8 @@ def cloud(
         int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
     learner: Annotated[
-        str, typer.Option(help="How to learn: sft-anchored, sdft, ... (docs/learning.md).")
-    ] = "sft-anchored",
+        str, typer.Option(help="How to learn: sdft, sft-anchored, ... (docs/learning.md).")
+    ] = "sdft",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 80,
     budget: Annotated[
         float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SYSTEM = "You control a smart home. Answer with one JSON tool call."
 DEMONSTRATIONS = 160
-STEPS = 70  # fewer than the default: a demo should end
+STEPS = 55  # fewer than the default: a demo should end
 _INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
 
 

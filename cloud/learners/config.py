@@ -1,8 +1,7 @@
 """How a learner learns: one set of options, and named presets of it.
 
-A preset is a learner, by name: :data:`DEFAULT` is what the cloud uses, because it measured best;
-``sdft`` is our self-distillation, and ``sdft-paper`` the paper's recipe (Shenfeld et al.,
-arXiv 2601.19897).
+A preset is a learner, by name: :data:`DEFAULT` is what the cloud uses, and ``sdft-paper`` the
+paper's recipe (Shenfeld et al., arXiv 2601.19897).
 """
 
 from __future__ import annotations
@@ -190,7 +189,7 @@ def _refuse(why: str) -> None:
     raise InvalidInputError(why)
 
 
-DEFAULT = "sft-anchored"
+DEFAULT = "sdft"
 """The learner of a cloud that is not told another (docs/adr/0010)."""
 
 _ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
