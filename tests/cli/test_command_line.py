@@ -26,7 +26,15 @@ COMMANDS = {
     "student import": ["--out", "--harness"],
     "cloud": [
         *("--state", "--student", "--channel", "--broker", "--grpc", "--metrics"),
-        *("--demonstrations", "--steps", "--min-new", "--max-base-kl", "--threads"),
+        *(
+            "--demonstrations",
+            "--learner",
+            "--steps",
+            "--budget",
+            "--min-new",
+            "--max-base-kl",
+            "--threads",
+        ),
     ],
     "edge": [
         *("--state", "--device", "--trust", "--student", "--channel", "--broker", "--cloud"),
