@@ -301,7 +301,9 @@ class SplitModel:
         return torch.log_softmax(head(upper(self.pack(sequences, keep=keep))), dim=-1)
 
 
-def _generation(temperature: float, cap: int, end: int, own: GenerationConfig) -> GenerationConfig:
+def _generation(
+    temperature: float, cap: int, end: int, own: GenerationConfig | None
+) -> GenerationConfig:
     from transformers import GenerationConfig  # noqa: PLC0415  # seconds that others save
 
     return GenerationConfig(  # type: ignore[no-untyped-call]
@@ -312,7 +314,9 @@ def _generation(temperature: float, cap: int, end: int, own: GenerationConfig) -
         max_new_tokens=cap,
         eos_token_id=end,
         pad_token_id=end,
-        bos_token_id=own.bos_token_id,  # else it is taken over with a warning
+        bos_token_id=None
+        if own is None
+        else own.bos_token_id,  # else it is taken over with a warning
     )
 
 
