@@ -45,12 +45,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from bench import human, retention, setup, skills, trl
-from cloud import adapt
-from cloud.gate.gate import base_kl
-from cloud.learners import prompts
 from cloud.learners.config import PRESETS, LearnerConfig
 from cloud.students.export import write_back
-from cloud.students.importer import ANSWERS
 from edge.student.runtime import Student
 from protos.errors import AnabranchError, InvalidInputError
 from protos.prompt import chat
@@ -60,7 +56,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from cloud import adapt
     from cloud.students.importer import Imported
+    from protos.prompt import Shown
 
 QUICK = ("sdft", "sft_anchored", "sft")
 FULL = (
@@ -172,17 +170,13 @@ class Sequence:
     def _spec(
         self, stage: int, learnt: Path | None, current: Path, config: LearnerConfig
     ) -> adapt.Spec:
-        material = self.materials[stage]
-        return adapt.Spec(
-            masters=self.imported.masters,
+        return setup.spec(
+            self.imported,
+            self.materials[stage],
+            config,
             learnt=learnt,
-            base=self.imported.bundle,
             current=current,
-            train=material.train,
-            held_out=material.held_out,
             replay=self._replay(stage),
-            earlier=(),
-            learner=config,
         )
 
     def _peer(
@@ -211,7 +205,7 @@ class Sequence:
             "losses": note["losses"],
         }
 
-    def _replay(self, stage: int) -> tuple[Any, ...]:
+    def _replay(self, stage: int) -> tuple[Shown, ...]:
         earlier = [d for m in self.materials[:stage] for d in m.train]
         return tuple(earlier[:: max(1, -(-len(earlier) // self.plan.replay))])
 
@@ -243,12 +237,10 @@ def general(
     bundle: Path, imported: Imported, plan: Plan, tell: Callable[[float], None]
 ) -> dict[str, Any]:
     """What a student still is of its base: KL, retention, and people's commands."""
-    said = json.loads((imported.masters / ANSWERS).read_text())
-    base, student = (Student.open(b, threads=2) for b in (imported.bundle, bundle))
-    kl = base_kl(base, student, [(p, said[p]) for p in prompts.GATE])
+    student = Student.open(bundle, threads=2)
+    kl = setup.drift(imported, student)
     commands = [c for c in setup.people() if c.skill in plan.skills]
     right = human.exact(student, commands)
-    base.close()
     student.close()
     kept = retention.correct(bundle, setup.DATA, rows=plan.rows, report=lambda _, p: tell(p))
     return {

@@ -56,17 +56,7 @@ def spec(method: str, imported: Imported) -> adapt.Spec:
     name, changes = OURS[method]
     config = LearnerConfig.named(name, steps=STEPS, batch=BATCH, **changes)
     taught = skills.material("lights", 0, train=LESSONS, tests=1)
-    return adapt.Spec(
-        masters=imported.masters,
-        learnt=None,
-        base=imported.bundle,
-        current=imported.bundle,
-        train=taught.train,
-        held_out=taught.held_out,
-        replay=(),
-        earlier=(),
-        learner=config,
-    )
+    return setup.spec(imported, taught, config)
 
 
 def ours(method: str, student: Path) -> dict[str, Any]:

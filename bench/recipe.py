@@ -16,7 +16,6 @@ to ``build/bench/recipe.png``.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -33,12 +32,8 @@ from safetensors.torch import load_file
 
 from bench import setup, shipping, skills
 from bench.learner import answered
-from cloud import adapt
-from cloud.gate.gate import base_kl
-from cloud.learners import prompts
 from cloud.learners.config import LearnerConfig
 from cloud.students.export import write_back
-from cloud.students.importer import ANSWERS
 from edge.student.runtime import Student
 from protos.prompt import chat
 
@@ -84,18 +79,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Train one recipe; a row for each way to ship it."""
     taught = skills.material(SKILL, 0, train=DEMONSTRATIONS, tests=TESTS)
-    config = LearnerConfig.named("sdft", **recipe.changes)
-    spec = adapt.Spec(
-        masters=imported.masters,
-        learnt=None,
-        base=imported.bundle,
-        current=imported.bundle,
-        train=taught.train,
-        held_out=taught.held_out,
-        replay=(),
-        earlier=(),
-        learner=config,
-    )
+    spec = setup.spec(imported, taught, LearnerConfig.named("sdft", **recipe.changes))
     learnt, note = setup.train(spec, partial(tell, recipe.name))
     rows = []
     for way, state, size in ways(recipe, imported, learnt):
@@ -122,16 +106,14 @@ def judged(
     imported: Imported, state: State, taught: skills.Material, size: int | None
 ) -> dict[str, Any]:
     """Figures of the student that a device would have."""
-    said = json.loads((imported.masters / ANSWERS).read_text())
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "candidate"
         changed = write_back(imported.bundle, state, skills.harness(), bundle)
         size = setup.delta_bytes(imported.bundle, bundle) if size is None else size
-        base, candidate = (Student.open(b, threads=2) for b in (imported.bundle, bundle))
+        candidate = Student.open(bundle, threads=2)
         right = answered(candidate, taught)
         copied = copies(candidate)
-        kl = base_kl(base, candidate, [(p, said[p]) for p in prompts.GATE])
-        base.close()
+        kl = setup.drift(imported, candidate)
         candidate.close()
     return {
         "exact": round(statistics.fmean(right), 4),

@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import human
+from bench import human, skills
 from cloud import adapt
+from cloud.gate.gate import base_kl
+from cloud.learners import prompts
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control
 from cloud.students import importer
 from cloud.students import source as sources
+from cloud.students.importer import ANSWERS
 from edge.delta import encode
+from edge.student.runtime import Student
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     from cloud.students.importer import Imported
     from protos.harness import Harness
+    from protos.prompt import Shown
 
 THREADS = 2
 DATA = Path("../shared/data")
@@ -56,6 +61,38 @@ def people_say() -> tuple[str, ...]:
     return tuple(command.text for command in people())
 
 
+def spec(
+    imported: Imported,
+    taught: skills.Material,
+    learner: LearnerConfig,
+    *,
+    learnt: Path | None = None,
+    current: Path | None = None,
+    replay: tuple[Shown, ...] = (),
+) -> adapt.Spec:
+    """A job that learns a skill, from the import or from what was ``learnt`` before."""
+    return adapt.Spec(
+        masters=imported.masters,
+        learnt=learnt,
+        base=imported.bundle,
+        current=current or imported.bundle,
+        train=taught.train,
+        held_out=taught.held_out,
+        replay=replay,
+        earlier=(),
+        learner=learner,
+    )
+
+
+def drift(imported: Imported, candidate: Student) -> float:
+    """Mean KL(base||candidate) in nats a token on the base's answers to the gate's prompts."""
+    said = json.loads((imported.masters / ANSWERS).read_text())
+    base = Student.open(imported.bundle, threads=THREADS)
+    kl = base_kl(base, candidate, [(p, said[p]) for p in prompts.GATE])
+    base.close()
+    return kl
+
+
 def train(
     spec: adapt.Spec, tell: Callable[[float], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -79,7 +116,7 @@ def train(
         "step_seconds": round(statistics.median(outcome.step_seconds), 3),
         "losses": losses,
     }
-    return {n: v.contiguous() for n, v in outcome.parameters.items()}, note
+    return outcome.parameters, note
 
 
 def delta_bytes(base: Path, target: Path) -> int:

@@ -103,11 +103,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_failure(job: Path, why: str) -> None:
-    """Write ``result.json`` of a job that came to no candidate.
+    """Write ``result.json`` of a job that came to no candidate; nothing goes on from it.
 
     Raises:
         StorageError: the disk is full or failed.
     """
+    remove_checkpoints(job)  # first: the disk may be full
     write_atomically(job / "result.json", json.dumps({"passed": False, "error": why}))
 
 
@@ -189,7 +190,7 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     outcome = learn(spec, Control(clock, _report(progress), _phase(progress), job))
     learnt, seconds = outcome.parameters, clock() - began
     progress("write the student", 0.8)
-    save_file(_contiguous(learnt), job / "learnt.safetensors")
+    save_file(learnt, job / "learnt.safetensors")
     candidate, general = job / "candidate", _said(spec)
     changed = write_back(spec.base, learnt, read_harness(spec.current), candidate)
     verdict = gate.run(
@@ -288,7 +289,7 @@ def learn(spec: Spec, control: Control) -> Outcome:
         end=read_config(spec.current)["eos"][0],
         learnt=learnt,
     )
-    new = {name: value.cpu() for name, value in outcome.parameters.items()}
+    new = {name: value.cpu().contiguous() for name, value in outcome.parameters.items()}
     return replace(outcome, parameters=learnt | new)
 
 
@@ -359,16 +360,6 @@ def _anchors(spec: Spec) -> list[Example]:
     return examples
 
 
-def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.contiguous() for name, value in state.items()}
-
-
-def _end(job: Path, why: str) -> None:
-    """Write why there is no candidate; the same input fails the same way, so nothing goes on."""
-    remove_checkpoints(job)  # first: the disk may be full
-    write_failure(job, why)
-
-
 def main() -> int:
     """Entry point of the process; the exit code is 0 when a result was written."""
     end_with_parent()
@@ -378,12 +369,12 @@ def main() -> int:
         result = run(job)
     except AnabranchError as error:
         log.error("the job failed: %s", error)  # noqa: TRY400  # the message is for people
-        _end(job, str(error))
+        write_failure(job, str(error))
         return 1
     except Exception as error:
         # A fault of ours or of the machine: said once, because the same input fails the same way.
         log.exception("the job failed")
-        _end(job, f"{type(error).__name__}: {error}; log.txt says where")
+        write_failure(job, f"{type(error).__name__}: {error}; log.txt says where")
         return 1
     log.info("gate %s: %s", "passed" if result["passed"] else "failed", result["checks"])
     return 0

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from cloud.adapt import Spec, write_atomically, write_failure
-from cloud.learners.checkpoint import remove_checkpoints
 from edge.delta.files import storage_errors
 from edge.process import PARENT
 from protos.prompt import Message, Shown
@@ -98,7 +97,6 @@ class Job:
 
     def failed(self, why: str) -> None:
         """Note that it came to no result."""
-        remove_checkpoints(self.folder)
         write_failure(self.folder, why)
 
 

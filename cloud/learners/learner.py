@@ -356,19 +356,23 @@ class _Training:
         log.warning("%s: back to the last good weights", why)
         return f"{why}; the last good weights are kept"
 
-    def _save(self, spent: float, scoring: float, method: str) -> None:
-        if not self._finite():
-            return  # the next loss will say so
+    def _moving(self) -> dict[str, torch.Tensor]:
+        """What changes while training: the weights, and a teacher that follows them."""
         tensors = {f"weights/{n}": p.detach() for n, p in self._parameters.items()}
         teacher = getattr(self._objective, "teacher", None)
         if teacher is not None and self._config.teacher == "ema":
             tensors |= {f"teacher/{n}": p for n, p in teacher.named_parameters()}
+        return tensors
+
+    def _save(self, spent: float, scoring: float, method: str) -> None:
+        if not self._finite():
+            return  # the next loss will say so
         dice: dict[str, Any] = {"rng": self._rng.getstate(), "left": [d.left for d in self._draws]}
         state = State(
             self.step,
             spent,
             scoring,
-            tensors,
+            self._moving(),
             self._optimizer.state_dict(),
             dice,
             method,
@@ -378,12 +382,8 @@ class _Training:
 
     @torch.no_grad()
     def _restore(self, state: State) -> None:
-        for name, value in self._parameters.items():
-            value.data.copy_(state.tensors[f"weights/{name}"])
-        teacher = getattr(self._objective, "teacher", None)
-        if teacher is not None and self._config.teacher == "ema":
-            for name, value in teacher.named_parameters():
-                value.data.copy_(state.tensors[f"teacher/{name}"])
+        for name, value in self._moving().items():
+            value.copy_(state.tensors[name])
         self._optimizer.load_state_dict(state.optimizer)
         self._rng.setstate(state.dice["rng"])
         for draw, left in zip(self._draws, state.dice["left"], strict=True):

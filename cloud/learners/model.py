@@ -314,9 +314,7 @@ def _generation(
         max_new_tokens=cap,
         eos_token_id=end,
         pad_token_id=end,
-        bos_token_id=None
-        if own is None
-        else own.bos_token_id,  # else it is taken over with a warning
+        bos_token_id=own and own.bos_token_id,  # else it is taken over with a warning
     )
 
 
