@@ -60,6 +60,19 @@ class Answer:
     completion_tokens: int
 
 
+def open_session(folder: Path, *, threads: int) -> ort.InferenceSession:
+    """A session on a bundle's graph and weights; raises what ONNX Runtime raises."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning threads of one process starve every other process of a small machine.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(
+        str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+
+
 class Engine:
     """One ONNX Runtime session with its key-value buffers, for ``batch`` rows at once."""
 
@@ -133,16 +146,8 @@ class Student:
         Raises:
             IntegrityError: a file is missing, or the runtime cannot load the graph.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning threads of one process starve every other process of a small machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = ort.InferenceSession(
-                str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"]
-            )
+            session = open_session(folder, threads=threads)
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             return cls(folder, session, tokenizer)
         except IntegrityError:
