@@ -1,7 +1,7 @@
 """Write a student's fp32 weights as a Q8_0 GGUF file, for llama.cpp.
 
-Q8_0 is what our 8 bits are too: symmetric codes in blocks of 32, a scale a block (theirs in fp16,
-ours in fp32). Tokenizer and architecture are copied from the GGUF file that was imported.
+Q8_0 is symmetric 8-bit codes as ours are, in blocks of 32 with fp16 scales where ours are of 64
+with fp32 scales. Tokenizer and architecture are copied from the GGUF file that was imported.
 """
 
 from __future__ import annotations

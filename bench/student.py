@@ -1,9 +1,9 @@
 """How fast a student answers: ours beside llama.cpp's server and onnxruntime-genai.
 
 The same weights for all: the packaged student after it has learnt a skill of home commands; 8 bits
-in blocks of 32 each (ours and genai from the very same file, llama.cpp as Q8_0 from the fp32
-weights). Two threads each, one request at a time, prompt caches on, the skill's JSON schema as
-grammar. Engines take turns within every measurement, so that a disturbance meets all of them:
+each (ours and genai from the very same file, llama.cpp as Q8_0 from the fp32 weights). Two threads
+each, one request at a time, prompt caches on, the skill's JSON schema as grammar. Engines take
+turns within every measurement, so that a disturbance meets all of them:
 
 - requests: unseen home commands over HTTP, from sending to the whole tool call; how many are valid
   and how many right to the letter is counted too;
@@ -29,7 +29,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -42,14 +41,12 @@ from cloud.learners.config import LearnerConfig
 from cloud.students import source
 from cloud.students.export import write_back
 from edge.student.bundle import digest, read_config, read_harness
-from edge.student.runtime import Engine, open_session
+from edge.student.engine import Engine, open_session
 from protos.errors import AnabranchError
 from protos.harness import Harness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import numpy.typing as npt
 
     from protos.prompt import Shown
 
@@ -122,32 +119,22 @@ class Plain:
     """Our engine in this process, without grammar or speculation."""
 
     def __init__(self, bundle: Path) -> None:
-        self._session = open_session(bundle, threads=THREADS)
+        session = open_session(bundle, threads=THREADS)
+        self._engine = Engine(session, read_config(bundle))
         self._tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-        self._config = read_config(bundle)
 
     def measure(self, text: str) -> tuple[float, float]:
         """Prefill and decode, tokens a second."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        engine = Engine(self._session, self._config)
-        engine.reserve(len(ids) + DECODED)
+        chat = self._engine.open_chat()
+        chat.reserve(len(ids) + DECODED)
         start = time.perf_counter()
-        logits = engine.forward(_row(ids), _length(len(ids)), [len(ids) - 1])
-        token = int(logits[0].argmax())
+        token = int(self._engine.forward(chat, ids, [len(ids) - 1])[0].argmax())
         middle = time.perf_counter()
-        for step in range(DECODED - 1):
-            logits = engine.forward(_row([token]), _length(len(ids) + step + 1), [0])
-            token = int(logits[0].argmax())
+        for _ in range(DECODED - 1):
+            token = int(self._engine.forward(chat, [token], [0])[0].argmax())
         end = time.perf_counter()
         return len(ids) / (middle - start), (DECODED - 1) / (end - middle)
-
-
-def _row(ids: list[int]) -> npt.NDArray[np.int64]:
-    return np.array([ids], dtype=np.int64)
-
-
-def _length(length: int) -> npt.NDArray[np.int32]:
-    return np.array([length], dtype=np.int32)
 
 
 def prompt(number: int) -> str:

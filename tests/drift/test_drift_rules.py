@@ -10,10 +10,11 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from river.drift import PageHinkley
 
 from edge.drift import settle
 from edge.drift.baseline import LevelBaseline, RateBaseline
-from edge.drift.detector import Detector, Fired, Limits
+from edge.drift.detector import Cusum, Detector, Fired, Limits
 from edge.drift.vote import CORRECTION, SCHEMA, SIGNALS, SURPRISE, Ballot, Kind, Vote, tally
 
 
@@ -178,3 +179,28 @@ def test_a_restarted_detector_has_forgotten_what_was_normal() -> None:
     assert (detector.baseline, detector.recent) == (0.0, 0.0)
     detector.restart()
     assert (detector.baseline, detector.recent) == (None, None)
+
+
+@given(
+    st.lists(st.floats(-3, 3), max_size=60),
+    st.sampled_from((0.0, 0.35, 0.5)),
+    st.sampled_from((1.0, 4.0, 7.0)),
+)
+def test_the_cumulative_sum_says_what_rivers_page_hinkley_says(
+    values: list[float], slack: float, threshold: float
+) -> None:
+    """River subtracts its own running mean, which an imagined past of zeros holds still."""
+    ours = Cusum(slack=slack, threshold=threshold)
+    theirs = PageHinkley(min_instances=1, delta=slack, threshold=threshold, alpha=1.0, mode="up")
+    theirs._x_mean.update(0.0, 10**12)
+    theirs.update(0.0)
+    total = 0.0
+    for value in values:
+        total = max(0.0, total + value - slack)
+        if abs(total - threshold) < 1e-6:
+            return  # a tie is decided by rounding
+        theirs.update(value)
+        found = ours.update(value)
+        assert found == theirs.drift_detected
+        if found:
+            return
