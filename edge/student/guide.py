@@ -16,6 +16,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from protos.errors import InvalidInputError
+from protos.tools import call_opening
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,15 +50,6 @@ def schema_grammar(schema: Mapping[str, Any]) -> str:
     except ValueError as error:
         msg = f"the JSON schema cannot guide: {error}"
         raise GrammarError(msg) from error
-
-
-def call_opening(name: str) -> str:
-    """How the call of a tool begins, up to its arguments.
-
-    >>> call_opening("lamp")
-    '{"name":"lamp","arguments":'
-    """
-    return f'{{"name":{json.dumps(name)},"arguments":'
 
 
 def calls_grammar(
