@@ -69,8 +69,8 @@ class LearnerConfig:
     merged into the weights, scaled by ``alpha / rank``.
 
     Against forgetting: ``anchor_weight`` and ``anchor_batch`` (the base's own answers, the first
-    ``anchor_tokens`` of each), ``replay_weight`` and ``replay_batch`` (earlier demonstrations as the release before said them),
-    ``ewc`` (elastic weight consolidation's lambda).
+    ``anchor_tokens`` of each), ``replay_weight`` and ``replay_batch`` (earlier demonstrations as
+    the release before said them), ``ewc`` (elastic weight consolidation's lambda).
 
     Optimisation: AdamW, ``schedule`` (``plateau`` then a linear last third, or ``cosine``).
     ``budget_seconds`` 0 is none; else the schedule follows the clock and ends in time.
