@@ -103,15 +103,15 @@ class LearnerConfig:
     alpha: float = 16.0
 
     anchor_weight: float = 1.0
-    anchor_batch: int = 3
+    anchor_batch: int = 8
     anchor_tokens: int = 24
     replay_weight: float = 1.0
     replay_batch: int = 4
     ewc: float = 0.0
 
-    steps: int = 80
+    steps: int = 75
     batch: int = 8
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 1.2e-4
     warmup: int = 5
     schedule: Schedule = "plateau"
     weight_decay: float = 0.0
