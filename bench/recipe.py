@@ -64,12 +64,13 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("default", zones=(0.6, 0.75), ranks=(8, 32, 64)),
+    Recipe("default", zones=(0.75,), ranks=(8, 16, 32, 64)),
+    Recipe("rank 16", {"rank": 16, "learning_rate": 1e-3}, ranks=(16,)),
     Recipe("no anchors", {"anchor_batch": 0}),
+    Recipe("half the anchors", {"anchor_batch": LearnerConfig.anchor_batch // 2}),
+    Recipe("half the rate", {"learning_rate": LearnerConfig.learning_rate / 2}),
     Recipe("upper third", {"layers": (2 / 3, 1.0)}),
     Recipe("upper two thirds", {"layers": (1 / 3, 1.0)}),
-    Recipe("half the rate", {"learning_rate": LearnerConfig.learning_rate / 2}),
-    Recipe("rank 16", {"rank": 16, "learning_rate": 1e-3}, ranks=(16,)),
     Recipe("rank 32", {"rank": 32, "learning_rate": 1e-3}, ranks=(32,)),
 )
 

@@ -357,7 +357,9 @@ def _anchors(spec: Spec) -> list[Example]:
     for request, answer in prompts.SHOWN:
         shown = Shown((Message("user", request),), answer)
         examples.append(encoder.example(shown.messages, answer, [shown]))
-    return examples
+    # Many short answers hold better than few long ones: what differs is between prompts.
+    tokens = spec.learner.anchor_tokens
+    return [replace(e, answer=e.answer[:tokens]) for e in examples]
 
 
 def main() -> int:

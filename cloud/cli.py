@@ -106,7 +106,7 @@ def cloud(
     learner: Annotated[
         str, typer.Option(help="How to learn: sdft, sft-anchored, ... (docs/learning.md).")
     ] = "sdft",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 75,
     budget: Annotated[
         float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")
     ] = 0,

@@ -30,9 +30,14 @@ log = logging.getLogger("anabranch.learners")
 _SCORES, _STATE = "scores.pt", "checkpoint.pt"
 
 
-def key_of(course: Course, config: LearnerConfig) -> str:
-    """Names a job by what decides its result."""
-    return hashlib.sha256(repr((course, config)).encode()).hexdigest()
+def key_of(course: Course, config: LearnerConfig, *weights: Mapping[str, torch.Tensor]) -> str:
+    """Names a job by what decides its result: ``weights`` are those that it begins with."""
+    named = hashlib.sha256(repr((course, config)).encode())
+    for tensors in weights:
+        for name, value in sorted(tensors.items()):
+            named.update(name.encode())
+            named.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return named.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ Prompt = Literal["turns", "prose"]
 
 _TINY = 1e-12
 _RANGES = {
-    (1, math.inf, "at least 1"): ("steps", "batch", "row_tokens", "cap", "shown"),
+    (1, math.inf, "at least 1"): ("steps", "batch", "row_tokens", "cap", "shown", "anchor_tokens"),
     (_TINY, math.inf, "it is above 0"): ("learning_rate", "temperature", "sharpness", "clip"),
     (_TINY, 1 - _TINY, "it lies between 0 and 1"): ("js_beta",),
     (0, 1, "between 0 and 1"): ("guidance", "ema_rate", "proximal", "hint"),
@@ -68,9 +68,9 @@ class LearnerConfig:
     trains them too (from layer 0 on only), ``rank`` above 0 trains low-rank adapters that are
     merged into the weights, scaled by ``alpha / rank``.
 
-    Against forgetting: ``anchor_weight`` and ``anchor_batch`` (the base's own answers),
-    ``replay_weight`` and ``replay_batch`` (earlier demonstrations as the release before said them),
-    ``ewc`` (elastic weight consolidation's lambda).
+    Against forgetting: ``anchor_weight`` and ``anchor_batch`` (the base's own answers, the first
+    ``anchor_tokens`` of each), ``replay_weight`` and ``replay_batch`` (earlier demonstrations as
+    the release before said them), ``ewc`` (elastic weight consolidation's lambda).
 
     Optimisation: AdamW, ``schedule`` (``plateau`` then a linear last third, or ``cosine``).
     ``budget_seconds`` 0 is none; else the schedule follows the clock and ends in time.
@@ -103,14 +103,15 @@ class LearnerConfig:
     alpha: float = 16.0
 
     anchor_weight: float = 1.0
-    anchor_batch: int = 3
+    anchor_batch: int = 8
+    anchor_tokens: int = 24
     replay_weight: float = 1.0
     replay_batch: int = 4
     ewc: float = 0.0
 
-    steps: int = 80
+    steps: int = 75
     batch: int = 8
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 1.2e-4
     warmup: int = 5
     schedule: Schedule = "plateau"
     weight_decay: float = 0.0

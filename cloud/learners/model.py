@@ -152,7 +152,7 @@ class SplitModel:
         Raises:
             TrainingError: one of them is not among the upper layers, or has another shape.
         """
-        upper = self._named()
+        upper = self.weights()
         for name, value in state.items():
             if name not in upper or upper[name].shape != value.shape:
                 msg = (
@@ -194,7 +194,8 @@ class SplitModel:
             if isinstance(module, LoraLinear)
         }
 
-    def _named(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The upper layers' parameters as they are, by name in the whole model."""
         return {self._name(name): value for name, value in self.upper.named_parameters()}
 
     def _name(self, name: str) -> str:

@@ -66,6 +66,9 @@ class Objective(Protocol):
     def after_step(self) -> None:
         """Called when the weights have changed."""
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What changes with the steps and a checkpoint must hold: live tensors by name."""
+
 
 def cross_entropy(ours: torch.Tensor, answer: Sequence[int], skip: int = 0) -> torch.Tensor:
     """Mean of ``-log p`` in nats over an answer's tokens, the first ``skip`` left out."""
@@ -101,6 +104,10 @@ class Sft:
     def after_step(self) -> None:
         """Nothing follows the weights."""
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Nothing of its own."""
+        return {}
+
 
 class Sdft:
     """Self-distillation (Shenfeld et al., arXiv 2601.19897).
@@ -129,7 +136,7 @@ class Sdft:
         self._model = model
         self._lessons = lessons
         self._config = config
-        self.teacher = teacher
+        self._teacher = teacher
         self._scored = scored
         self._base = base
         self._end = end
@@ -154,7 +161,7 @@ class Sdft:
         return list(
             targets.score(
                 self._model,
-                self._model.upper if self.teacher is None else self.teacher,
+                self._model.upper if self._teacher is None else self._teacher,
                 [d.teacher for d in drawn],
                 tokens=config.row_tokens,
                 kept=config.top_k,
@@ -217,9 +224,13 @@ class Sdft:
     @torch.no_grad()
     def after_step(self) -> None:
         """Move an averaged teacher a little to the student, in fp32."""
-        if self._config.teacher != "ema" or self.teacher is None:
-            return
-        theirs = dict(self.teacher.named_parameters())
+        theirs = self.state()
         for name, value in self._model.upper.named_parameters():
-            if value.requires_grad:
+            if name in theirs and value.requires_grad:
                 theirs[name].lerp_(value.detach(), self._config.ema_rate)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The averaged teacher's weights, where there is one."""
+        if self._config.teacher != "ema" or self._teacher is None:
+            return {}
+        return dict(self._teacher.named_parameters())

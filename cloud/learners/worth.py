@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from cloud.learners.targets import Target
 
-_ONE_SIDED_95 = 1.645
+# One-sided 95% quantiles of Student's t by degrees of freedom; beyond, the last is near enough.
+_T_95 = (
+    *(6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812),
+    *(1.796, 1.782, 1.771, 1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725),
+)
 LEAST_COPIES = 0.5
 """Share of held-out demonstrations that a teacher of worth copies to the letter."""
 
@@ -41,8 +45,8 @@ class Worth:
     @property
     def clear(self) -> bool:
         """Whether the teacher is clearly better: its lead beyond chance, most answers copied."""
-        lead = self.gain > _ONE_SIDED_95 * self.error
-        return lead and self.teacher_copies >= LEAST_COPIES
+        quantile = _T_95[min(max(self.asked - 1, 1), len(_T_95)) - 1]
+        return self.gain > quantile * self.error and self.teacher_copies >= LEAST_COPIES
 
     def __str__(self) -> str:
         """For people: one sentence."""

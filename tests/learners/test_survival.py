@@ -129,6 +129,16 @@ def test_another_jobs_checkpoint_is_not_read(tiny_folder: Path, tmp_path: Path) 
     assert seen[0].step == 1
 
 
+def test_a_checkpoint_of_another_release_is_not_read(tiny_folder: Path, tmp_path: Path) -> None:
+    config = small("sdft", checkpoint_seconds=0.0)
+    before = run(tiny_folder, config).parameters
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, report=_out_after(6))
+    seen: list[StepReport] = []
+    run(tiny_folder, config, keep=tmp_path, report=seen.append, learnt=before)
+    assert seen[0].step == 1
+
+
 def test_a_full_disk_costs_the_checkpoint_and_not_the_job(
     tiny_folder: Path,
     tmp_path: Path,
@@ -176,7 +186,7 @@ def test_a_loss_that_diverges_leaves_the_last_good_weights(
     config = small("sft", steps=40)
     good = run(tiny_folder, small("sft", steps=40), report=lambda _: None)
     monkeypatch.setattr(
-        "cloud.learners.learner._rate", lambda step, _, __: 1.0 if step < 12 else 1e20
+        "cloud.learners.training._rate", lambda step, _, __: 1.0 if step < 12 else 1e20
     )
     outcome = run(tiny_folder, config)
     assert outcome.stopped.endswith("the last good weights are kept")

@@ -46,3 +46,9 @@ def test_a_single_demonstration_proves_nothing() -> None:
 def test_the_lead_must_be_beyond_chance() -> None:
     assert Worth(8, 0.5, 0.2, 1.0, 0.0).clear
     assert not Worth(8, 0.5, 0.4, 1.0, 0.0).clear
+
+
+def test_few_demonstrations_must_lead_by_more() -> None:
+    assert Worth(40, 0.35, 0.2, 1.0, 0.0).clear
+    assert not Worth(8, 0.35, 0.2, 1.0, 0.0).clear
+    assert not Worth(1, 1.0, float("inf"), 1.0, 0.0).clear
