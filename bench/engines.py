@@ -58,19 +58,25 @@ def _status(pid: int, field: str) -> float:
 
 @contextmanager
 def agent(
-    bundle: Path, folder: Path, *, threads: int, extra: tuple[str, ...] = ()
+    bundle: Path,
+    folder: Path,
+    *,
+    threads: int,
+    cloud: str = "",
+    extra: tuple[str, ...] = (),
+    python: Path = Path(sys.executable),
 ) -> Iterator[Engine]:
-    """``anabranch edge`` on a bundle; broker and cloud are away, which it survives.
+    """``anabranch edge`` on a bundle; broker and cloud may be away, which it survives.
 
     Raises:
         UnavailableError: it did not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
     keys.open_keys(folder / "keys")
-    command = [sys.executable, "-m", "cloud.cli", "edge", "--device", "bench"]
+    command = [str(python), "-m", "cloud.cli", "edge", "--device", "bench"]
     command += ["--state", str(folder / "state"), "--student", str(bundle)]
     command += ["--trust", str(folder / "keys" / keys.PUBLIC)]
-    command += ["--broker", free_address(), "--cloud", free_address()]
+    command += ["--broker", free_address(), "--cloud", cloud or free_address()]
     command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--threads", str(threads)]
     note = folder / "state" / "agent.json"
     note.unlink(missing_ok=True)
