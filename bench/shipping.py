@@ -60,7 +60,7 @@ def low_rank(
         multipliers = np.rint(factor / unit)
         # Sums stay far below 2**53: in float64 this product of integers is exact.
         product = (up * multipliers) @ down.T
-        blocks = np.repeat(scales.astype(np.float64), quantize.BLOCK, axis=1)
+        blocks = np.repeat(scales.astype(np.float64), codes.shape[1] // scales.shape[1], axis=1)
         found[name] = _weights(codes + np.rint(product * unit / blocks), scales)
         sent += up.astype(np.int8).tobytes() + down.astype(np.int8).tobytes()
         sent += multipliers.astype(np.int16).tobytes() + np.float64(unit).tobytes()
@@ -89,11 +89,11 @@ def _matrices(
             weight = learnt[name].float().numpy()
             rows = slice(row, row + len(weight))
             row += len(weight)
-            steps = weight / np.repeat(scales[rows], quantize.BLOCK, axis=1)
+            steps = weight / np.repeat(scales[rows], codes.shape[1] // scales.shape[1], axis=1)
             yield name, steps, codes[rows], scales[rows]
 
 
 def _weights(codes: npt.NDArray[np.floating], scales: quantize.Scales) -> torch.Tensor:
-    blocks = np.repeat(scales, quantize.BLOCK, axis=1)
+    blocks = np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
     kept = np.clip(codes, -127, 127).astype(np.float32)
     return torch.from_numpy(kept * blocks)
