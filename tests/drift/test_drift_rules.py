@@ -6,6 +6,7 @@ import math
 import random
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -191,7 +192,9 @@ def test_the_cumulative_sum_says_what_rivers_page_hinkley_says(
 ) -> None:
     """River subtracts its own running mean, which an imagined past of zeros holds still."""
     ours = Cusum(slack=slack, threshold=threshold)
-    theirs = PageHinkley(min_instances=1, delta=slack, threshold=threshold, alpha=1.0, mode="up")
+    theirs: Any = PageHinkley(
+        min_instances=1, delta=slack, threshold=threshold, alpha=1.0, mode="up"
+    )
     theirs._x_mean.update(0.0, 10**12)
     theirs.update(0.0)
     total = 0.0

@@ -72,7 +72,7 @@ def test_rounding_is_to_nearest_and_stays_within_the_frozen_scales() -> None:
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    weight = np.full((1, 64), np.nan, dtype=np.float64)
+    weight = np.full((1, 64), np.nan, dtype=np.float32)
     with pytest.raises(InvalidInputError, match="not finite"):
         quantize.make_scales(weight)
 
