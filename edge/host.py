@@ -138,6 +138,8 @@ class StudentHost(Generic[StudentT]):
         self._incoming: tuple[StudentT, asyncio.Future[StudentT]] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
         self._closed = False
+        self._away: Warmth | None = None  # of a student that was unloaded and has no successor yet
+        self._leaving: asyncio.Future[None] | None = None
 
     @property
     def student(self) -> StudentT:
@@ -181,9 +183,15 @@ class StudentHost(Generic[StudentT]):
         async with self._swapping:
             self._refuse_if_closed()  # it may have closed while this swap waited for another
             loop = asyncio.get_running_loop()
-            warmth = await loop.run_in_executor(self._worker, self._student.warmth)
+            warmth = self._away
+            if warmth is None:
+                warmth = await loop.run_in_executor(self._worker, self._student.warmth)
             await asyncio.to_thread(new.warm, warmth)
             self._refuse_if_closed()
+            if self._away is not None:  # the old one is closed already
+                self._student, self._away = new, None
+                self._admit()
+                return
             done: asyncio.Future[StudentT] = loop.create_future()
             self._incoming = (new, done)
             self._admit()
@@ -196,13 +204,52 @@ class StudentHost(Generic[StudentT]):
                     self._incoming = None
                     self._admit()
 
+    async def unload(self) -> None:
+        """Close the student after the requests that run now; others wait until :meth:`swap`.
+
+        For devices without room for two students at once.
+
+        Raises:
+            UnavailableError: the host is closed.
+        """
+        self._refuse_if_closed()
+        async with self._swapping:
+            self._refuse_if_closed()
+            if self._away is not None:
+                return
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.create_future()
+            self._admit()
+            try:
+                await asyncio.shield(self._leaving)
+                self._away = await loop.run_in_executor(self._worker, self._student.warmth)
+            finally:
+                self._leaving = None
+                self._admit()
+            await asyncio.to_thread(self._student.close)
+
     async def close(self) -> None:
         """Take no more requests, let those that were taken finish, and close the student."""
         self._closed = True
         async with self._swapping:
+            if self._away is not None:
+                self._turn_away()
             await self._idle.wait()
-            await asyncio.to_thread(self._student.close)
+            if self._away is None:
+                await asyncio.to_thread(self._student.close)
         self._worker.shutdown()
+
+    def _turn_away(self) -> None:
+        """Refuse those that wait for a student that will not come."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_exception(UnavailableError("the device is stopping: ask again later"))
+        self._admit()
+
+    def _held(self) -> bool:
+        """Whether no request may begin: a student comes or goes, or there is none."""
+        return any(x is not None for x in (self._incoming, self._leaving, self._away))
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -211,7 +258,7 @@ class StudentHost(Generic[StudentT]):
 
     async def _enter(self) -> None:
         """Become live, at once or when others have ended."""
-        full = self._live >= self._max_live or self._incoming is not None
+        full = self._live >= self._max_live or self._held()
         if full and len(self._queue) >= self._max_waiting:
             msg = f"{len(self._queue)} requests wait already: ask again in a few seconds"
             raise BusyError(msg)
@@ -235,8 +282,10 @@ class StudentHost(Generic[StudentT]):
             self._incoming = None
             done.set_result(self._student)
             self._student = new
+        if self._leaving is not None and not self._live and not self._leaving.done():
+            self._leaving.set_result(None)
         for turn in [t for t in self._queue if not t.done()]:
-            if self._incoming is not None or self._live >= self._max_live:
+            if self._held() or self._live >= self._max_live:
                 break
             self._queue.remove(turn)
             self._live += 1

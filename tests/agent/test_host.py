@@ -302,3 +302,60 @@ def test_a_host_that_closes_answers_what_it_took_and_takes_no_more() -> None:
         assert held.student.closed
 
     asyncio.run(run())
+
+
+def test_requests_wait_for_the_successor_of_a_student_that_was_unloaded() -> None:
+    async def run() -> None:
+        first, second = Held("a"), Held("b")
+        first.go.set()
+        second.go.set()
+        old, new = first.student, second.student
+        host = StudentHost(student=old)
+        await host.run(whole)
+        await host.unload()
+        assert old.closed
+        asked = [asyncio.create_task(host.run(whole)) for _ in range(6)]
+        await until(lambda: host.waiting == len(asked))
+        await host.swap(new)
+        assert {digest for digest, _ in await asyncio.gather(*asked)} == {"b"}
+        assert new.warmed
+        await host.close()
+        assert new.closed
+
+    asyncio.run(run())
+
+
+def test_a_student_is_unloaded_after_the_requests_that_run() -> None:
+    async def run() -> None:
+        held = Held()
+        host = StudentHost(student=held.student)
+        asked = asyncio.create_task(host.run(whole))
+        await held.until_started()
+        unloading = asyncio.create_task(host.unload())
+        late = asyncio.create_task(host.run(whole))
+        await asyncio.sleep(0.05)
+        assert not held.student.closed
+        held.go.set()
+        await unloading
+        assert (await asked)[1] == "one two three"
+        assert held.student.closed
+        second = Held("b")
+        second.go.set()
+        await host.swap(second.student)
+        assert (await late)[0] == "b"
+        await host.close()
+
+    asyncio.run(run())
+
+
+def test_a_host_that_closes_without_a_student_refuses_those_that_wait() -> None:
+    async def run() -> None:
+        host = StudentHost(student=ScriptedStudent())
+        await host.unload()
+        asked = asyncio.create_task(host.run(whole))
+        await until(lambda: host.waiting == 1)
+        await host.close()
+        with pytest.raises(UnavailableError, match="stopping"):
+            await asked
+
+    asyncio.run(run())
