@@ -1,7 +1,23 @@
-"""Deltas between two weights files: changed codes only, exact, checked at both ends."""
+"""Deltas between two weights files: exact, checked at both ends (docs/reference/delta.md)."""
 
 from edge.delta.apply import apply
-from edge.delta.encode import DeltaInfo, encode
-from edge.delta.format import Header, read_header
+from edge.delta.encode import DeltaInfo, Stretch, Update, encode
+from edge.delta.format import Header, Tensor, read_header
+from edge.delta.layout import stretches_between, tensors_in
+from edge.delta.product import BLOCK, Factors, Product
 
-__all__ = ["DeltaInfo", "Header", "apply", "encode", "read_header"]
+__all__ = [
+    "BLOCK",
+    "DeltaInfo",
+    "Factors",
+    "Header",
+    "Product",
+    "Stretch",
+    "Tensor",
+    "Update",
+    "apply",
+    "encode",
+    "read_header",
+    "stretches_between",
+    "tensors_in",
+]

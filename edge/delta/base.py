@@ -1,0 +1,112 @@
+"""The base as a delta sees it: its bytes, with the product of the present factors added."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edge.delta.product import BLOCK, Product
+from protos.errors import IntegrityError, WrongBaseError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from io import BufferedReader
+
+    from edge.delta.format import Tensor
+    from edge.delta.product import Factors
+
+Bytes = npt.NDArray[np.uint8]
+Contexts = npt.NDArray[np.uint8]
+
+CONTEXTS = 16
+_CLASS_BITS = 22
+"""Bits of an fp32 number below its class: two classes an octave are left."""
+
+
+class Base:
+    """Reads a base; ``tensors`` are in the order of their offsets."""
+
+    def __init__(self, file: BufferedReader, tensors: Sequence[Tensor]) -> None:
+        self._file = file
+        self._tensors = tensors
+        self._starts = [t.offset for t in tensors]
+        self._product: Product | None = None
+        self._tensor: Tensor | None = None
+        self._first = self._rows = 0
+
+    def add(self, tensor: Tensor, offset: int, factors: Factors) -> None:
+        """From now on add a product to rows of ``tensor``, the first of which is at ``offset``.
+
+        Raises:
+            IntegrityError: these are no rows of the tensor.
+        """
+        first, rest = divmod(offset - tensor.offset, tensor.columns)
+        if rest or not 0 <= first <= tensor.rows - len(factors.left):
+            msg = f"delta: factors for {offset} are not of {tensor}; fetch the delta again"
+            raise IntegrityError(msg)
+        self._tensor, self._first, self._rows = tensor, first, len(factors.left)
+        self._product = Product(factors)
+
+    def read(self, offset: int, size: int) -> Bytes:
+        """Bytes from ``offset`` on, in an array that may be written to."""
+        block = self._raw(offset, size)
+        if self._tensor is None or self._product is None:
+            return block
+        start = self._tensor.offset + self._first * self._tensor.columns
+        low = max(offset, start)
+        high = min(offset + size, start + self._rows * self._tensor.columns)
+        if low < high:
+            columns = self._tensor.columns
+            first, last = (low - start) // columns, -(-(high - start) // columns)
+            codes = self._raw(start + first * columns, (last - first) * columns)
+            scales = self._scales(self._tensor, self._first + first, last - first)
+            self._product.add(codes.reshape(-1, columns), scales, first)
+            skip = low - start - first * columns
+            block[low - offset : high - offset] = codes[skip : skip + high - low]
+        return block
+
+    def contexts(self, offset: int, size: int, lowest: int | None) -> tuple[Contexts, int]:
+        """The context of each four of ``size`` bytes from ``offset`` on.
+
+        It is how many half octaves the scale of the first of the four lies above ``lowest``, 0 to
+        15, and 0 outside of tensors.
+
+        Returns:
+            The contexts [ceil(size / 4)], and the lowest: the one given, or that of these bytes.
+        """
+        places = np.arange(offset, offset + size, 4, dtype=np.int64)
+        classes = np.zeros(places.size, np.int64)
+        known = np.zeros(places.size, np.bool_)
+        nearest = max(bisect_right(self._starts, offset) - 1, 0)
+        for tensor in self._tensors[nearest:]:
+            if tensor.offset >= offset + size:
+                break
+            inside = slice(*np.searchsorted(places, (tensor.offset, tensor.stop)))
+            if inside.start == inside.stop:
+                continue
+            blocks = (places[inside] - tensor.offset) // BLOCK
+            bits = self._raw(
+                tensor.scales + 4 * int(blocks[0]), 4 * int(blocks[-1] - blocks[0] + 1)
+            )
+            classes[inside] = (bits.view("<u4") >> _CLASS_BITS)[blocks - blocks[0]]
+            known[inside] = True
+        if lowest is None:
+            lowest = int(classes[known].min(initial=1 << 10)) if known.any() else 0
+        classes = np.where(known, np.clip(classes - lowest, 0, CONTEXTS - 1), 0)
+        return classes.astype(np.uint8), lowest
+
+    def _scales(self, tensor: Tensor, first: int, rows: int) -> npt.NDArray[np.uint32]:
+        width = tensor.columns // BLOCK
+        raw = self._raw(tensor.scales + 4 * first * width, 4 * rows * width)
+        return raw.view("<u4").astype(np.uint32).reshape(rows, width)
+
+    def _raw(self, offset: int, size: int) -> Bytes:
+        block = np.empty(size, np.uint8)
+        self._file.seek(offset)
+        if self._file.readinto(block.data) != size:
+            msg = "delta: the base became shorter while it was read; fetch the full file"
+            raise WrongBaseError(msg)
+        return block
