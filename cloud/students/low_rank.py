@@ -73,7 +73,8 @@ def products(bundle: Path, before: State, learnt: State, *, budget: int) -> list
     low, high = _OCTAVES
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        fits = sum(len(pack_factors(0, u.factors)) for u in _on_grid(matrices, middle)) <= budget
+        found = _on_grid(matrices, middle)
+        fits = sum(len(pack_factors([u], [u.tensor])) for u in found) <= budget
         low, high = (low, middle) if fits else (middle, high)
     return _on_grid(matrices, high)
 

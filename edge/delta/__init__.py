@@ -1,9 +1,10 @@
 """Deltas between two weights files: exact, checked at both ends (docs/reference/delta.md)."""
 
 from edge.delta.apply import apply
-from edge.delta.encode import DeltaInfo, Stretch, Update, encode
+from edge.delta.encode import DeltaInfo, Stretch, encode
 from edge.delta.format import Header, Tensor, read_header
 from edge.delta.layout import stretches_between, tensors_in
+from edge.delta.payload import Update
 from edge.delta.product import BLOCK, Factors, Product
 
 __all__ = [

@@ -93,16 +93,15 @@ def _make(
 ) -> None:
     """Carry out the operations from where ``target`` ends."""
     made = 0
-    factors: tuple[int, bytes] | None = None
+    factors: bytes | None = None
     while made < header.target_size:
         operation = Operation.take(changes, made=made, header=header)
         payload = take(changes, operation.payload, f"an operation at byte {made} of the target")
         if operation.kind is Kind.FACTORS:
-            factors = operation.base, payload  # decoded only where it is needed
+            factors = payload  # decoded only where it is needed
         elif made + operation.length > target.written:
             if factors is not None:
-                tensor, product = unpack_factors(factors[1], tensors)
-                base.add(tensor, factors[0], product)
+                base.add(unpack_factors(factors, tensors))
                 factors = None
             if operation.kind is Kind.COPY:
                 _copy(operation, base, target, max(target.written - made, 0))

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edge.delta.product import BLOCK, Product
-from protos.errors import IntegrityError, WrongBaseError
+from protos.errors import WrongBaseError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from io import BufferedReader
 
     from edge.delta.format import Tensor
-    from edge.delta.product import Factors
+    from edge.delta.payload import Update
 
 Bytes = npt.NDArray[np.uint8]
 Contexts = npt.NDArray[np.uint8]
@@ -33,40 +33,34 @@ class Base:
         self._file = file
         self._tensors = tensors
         self._starts = [t.offset for t in tensors]
-        self._product: Product | None = None
-        self._tensor: Tensor | None = None
-        self._first = self._rows = 0
+        self._updates: Sequence[Update] = ()
+        self._product: tuple[Update, Product] | None = None
 
-    def add(self, tensor: Tensor, offset: int, factors: Factors) -> None:
-        """From now on add a product to rows of ``tensor``, the first of which is at ``offset``.
-
-        Raises:
-            IntegrityError: these are no rows of the tensor.
-        """
-        first, rest = divmod(offset - tensor.offset, tensor.columns)
-        if rest or not 0 <= first <= tensor.rows - len(factors.left):
-            msg = f"delta: factors for {offset} are not of {tensor}; fetch the delta again"
-            raise IntegrityError(msg)
-        self._tensor, self._first, self._rows = tensor, first, len(factors.left)
-        self._product = Product(factors)
+    def add(self, updates: Sequence[Update]) -> None:
+        """From now on add these products where they belong, and no earlier ones."""
+        self._updates, self._product = updates, None
 
     def read(self, offset: int, size: int) -> Bytes:
         """Bytes from ``offset`` on, in an array that may be written to."""
         block = self._raw(offset, size)
-        if self._tensor is None or self._product is None:
-            return block
-        start = self._tensor.offset + self._first * self._tensor.columns
-        low = max(offset, start)
-        high = min(offset + size, start + self._rows * self._tensor.columns)
-        if low < high:
-            columns = self._tensor.columns
-            first, last = (low - start) // columns, -(-(high - start) // columns)
-            codes = self._raw(start + first * columns, (last - first) * columns)
-            scales = self._scales(self._tensor, self._first + first, last - first)
-            self._product.add(codes.reshape(-1, columns), scales, first)
-            skip = low - start - first * columns
-            block[low - offset : high - offset] = codes[skip : skip + high - low]
+        for update in self._updates:
+            low, high = max(offset, update.start), min(offset + size, update.stop)
+            if low < high:
+                block[low - offset : high - offset] = self._added(update, low, high)
         return block
+
+    def _added(self, update: Update, low: int, high: int) -> Bytes:
+        """Codes of the places from ``low`` to ``high`` with a product that covers them."""
+        if self._product is None or self._product[0] is not update:
+            self._product = None  # before another one takes memory
+            self._product = update, Product(update.factors)
+        columns = update.tensor.columns
+        first, last = (low - update.start) // columns, -(-(high - update.start) // columns)
+        start = update.start + first * columns
+        codes = self._raw(start, (last - first) * columns)
+        scales = self._scales(update.tensor, update.first + first, last - first)
+        self._product[1].add(codes.reshape(-1, columns), scales, first)
+        return codes[low - start : high - start]
 
     def contexts(self, offset: int, size: int, lowest: int | None) -> tuple[Contexts, int]:
         """The context of each four of ``size`` bytes from ``offset`` on.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edge.delta.base import Base
 from edge.delta.files import AtomicFile, storage_errors
 from edge.delta.format import MAX_REGION, TENSOR, Header, Kind, Operation
-from edge.delta.payload import pack_codes, pack_factors, pack_fresh
+from edge.delta.payload import Update, pack_codes, pack_factors, pack_fresh
 from edge.student.bundle import sha256_file
 from protos.errors import InvalidInputError
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge.delta.format import Tensor
-    from edge.delta.product import Factors
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
+_GROUP = 1 << 20
+"""Numbers of factors that are sent together, unless one alone has more."""
 _MOST = (1 << 32) - 1
 """Bytes of one operation."""
 
@@ -40,25 +41,6 @@ class Stretch:
     target: int
     base: int
     length: int
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """Factors to be added to rows of a tensor of the base, from row ``first`` on."""
-
-    tensor: Tensor
-    first: int
-    factors: Factors
-
-    @property
-    def start(self) -> int:
-        """Where its codes begin in the base."""
-        return self.tensor.offset + self.first * self.tensor.columns
-
-    @property
-    def stop(self) -> int:
-        """Where its codes end in the base."""
-        return self.start + len(self.factors.left) * self.tensor.columns
 
 
 @dataclass(frozen=True)
@@ -165,12 +147,12 @@ def _in_order(what: str, ranges: Sequence[tuple[int, int]]) -> None:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of the target; ``base`` None: they are new. ``update`` begins here."""
+    """Bytes of the target; ``base`` None: they are new. ``updates`` are sent before them."""
 
     target: int
     length: int
     base: int | None = None
-    update: Update | None = None
+    updates: Sequence[Update] = ()
 
 
 def _pieces(size: int, stretches: Sequence[Stretch], updates: Sequence[Update]) -> Iterator[_Piece]:
@@ -179,14 +161,28 @@ def _pieces(size: int, stretches: Sequence[Stretch], updates: Sequence[Update]) 
     for stretch in (*stretches, Stretch(size, 0, 0)):
         for start in range(at, stretch.target, MAX_REGION):
             yield _Piece(start, min(MAX_REGION, stretch.target - start))
-        begun = {u.start: u for u in updates if _holds(stretch, u)}
+        groups = _groups([u for u in updates if _holds(stretch, u)])
         stop = stretch.base + stretch.length
-        edges = {stretch.base, stop, *begun, *(u.stop for u in begun.values())}
+        edges = {stretch.base, stop, *groups}
         for low, high in itertools.pairwise(sorted(edges)):
             for start in range(low, high, MAX_REGION):
                 place = stretch.target + start - stretch.base
-                yield _Piece(place, min(MAX_REGION, high - start), start, begun.get(start))
+                yield _Piece(place, min(MAX_REGION, high - start), start, groups.get(start, ()))
         at = stretch.target + stretch.length
+
+
+def _groups(updates: Sequence[Update]) -> dict[int, list[Update]]:
+    """Updates that are sent together, by the place of the first; together they code better."""
+    groups: dict[int, list[Update]] = {}
+    room = 0
+    for update in updates:
+        numbers = update.factors.left.size + update.factors.right.size
+        if numbers > room:
+            room, group = _GROUP, []
+            groups[update.start] = group
+        group.append(update)
+        room -= numbers
+    return groups
 
 
 class _Encoder:
@@ -213,19 +209,19 @@ class _Encoder:
             self._write(Kind.FRESH, piece.length, 0, pack_fresh(block.tobytes()))
             self.changed_bytes += piece.length
             return
-        if piece.update is not None:
-            payload = pack_factors(self._tensors.index(piece.update.tensor), piece.update.factors)
-            self._write(Kind.FACTORS, 0, piece.base, payload)
-            self._base.add(piece.update.tensor, piece.base, piece.update.factors)
+        if piece.updates:
+            self._write(Kind.FACTORS, 0, 0, pack_factors(piece.updates, self._tensors))
+            self._base.add(piece.updates)
         difference = block - self._base.read(piece.base, piece.length)
-        places = np.flatnonzero(difference)
-        if not places.size:
+        changed = difference != 0
+        count = int(np.count_nonzero(changed))
+        if not count:
             self._add_copy(piece.base, piece.length)
             return
-        self.changed_bytes += places.size
-        first, last = int(places[0]), int(places[-1]) + 1
+        self.changed_bytes += count
+        first, last = int(changed.argmax()), changed.size - int(changed[::-1].argmax())
         self._add_copy(piece.base, first)
-        self._changes(piece.base + first, block[first:last], difference[first:last], places.size)
+        self._changes(piece.base + first, block[first:last], difference[first:last], count)
         self._add_copy(piece.base + last, piece.length - last)
 
     def _changes(self, start: int, block: Bytes, difference: Bytes, changed: int) -> None:

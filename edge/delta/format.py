@@ -13,8 +13,8 @@ Operations give the target from its first byte to its last, ``length`` bytes eac
 COPY       bytes of the base; no payload
 CODES      bytes of the base of which some change; at most :data:`MAX_REGION`
 FRESH      new bytes: the payload is a zstd frame of them; at most :data:`MAX_REGION`
-FACTORS    no bytes: from here on, the base's bytes from ``base offset`` on, which must be rows of a
-           tensor, are read with a low-rank product added (``edge/delta/product.py``)
+FACTORS    no bytes: from here on, some rows of tensors of the base are read with low-rank products
+           added (``edge/delta/product.py``); those of an earlier FACTORS no more
 =========  ======================================================================================
 
 The payloads are in ``edge/delta/payload.py``.
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 MAGIC = b"ANBD"
 VERSION = 2
-MAX_REGION = 4 << 20
-"""Bytes of one region: what bounds the memory of both ends (about six times this)."""
-MAX_PAYLOAD = 6 << 20
+MAX_REGION = 2 << 20
+"""Bytes of one region: what bounds the memory of both ends."""
+MAX_PAYLOAD = 5 << 20
+"""Bytes of what an operation carries: factors that do not compress at all, and their heads."""
 MAX_TENSORS = 1 << 13
 MAX_SIZE = 1 << 62
 
@@ -134,7 +135,7 @@ class Operation:
             (kind == Kind.COPY and from_base and payload == 0 < length <= header.target_size - made)
             or (kind == Kind.CODES and from_base and bounded)
             or (kind == Kind.FRESH and bounded and base == 0 and payload <= MAX_PAYLOAD)
-            or (kind == Kind.FACTORS and from_base and length == 0)
+            or (kind == Kind.FACTORS and base == length == 0 and payload <= MAX_PAYLOAD)
         )
         if not right:
             msg = (

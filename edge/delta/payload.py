@@ -11,15 +11,18 @@ byte is filled with zeros. Its context says how large the scale of the first of 
 
 FACTORS::
 
-    tensor u32 | rows u32 | rank u16 | power i16 | fraction u8 | zero 3 bytes
-    | w u16 [rank] | contexts u8 [2, rank] | left [rank, rows], then right [rank, columns]
+    sets u32 | set ... | numbers
+    set: base offset u64 | tensor u32 | rows u32 | rank u16 | power i16 | fraction u8 | zero 3 bytes
+         | w u16 [rank] | contexts u8 [2, rank]
 
-The last part is one sequence; a column of a factor has one context.
+The numbers are one sequence, for each set left [rank, rows] and then right [rank, columns]; a
+column of a factor has one context. Sets are in the order of their base offsets.
 """
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -27,7 +30,7 @@ import numpy.typing as npt
 import zstandard
 
 from edge.delta import rans
-from edge.delta.product import MAX_LEFT, MAX_RIGHT, Factors
+from edge.delta.product import MAX_NUMBERS, Factors
 from protos.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ Bytes = npt.NDArray[np.uint8]
 Contexts = npt.NDArray[np.uint8]
 
 _CODES = struct.Struct("<III")
-_FACTORS = struct.Struct("<IIHhB3s")
+_SETS = struct.Struct("<I")
+_SET = struct.Struct("<QIIHhB3s")
 _ESCAPE = 3
 _CONTEXTS = 16
 
@@ -94,50 +98,103 @@ def unpack_codes(payload: bytes, length: int, contexts: Contexts) -> Bytes:
     return difference
 
 
-def pack_factors(tensor: int, factors: Factors) -> bytes:
-    """The payload of factors of rows of the tensor with that index."""
-    head = _FACTORS.pack(
-        tensor,
-        len(factors.left),
-        factors.weights.size,
-        factors.power,
-        factors.fraction,
-        bytes(3),
-    )
-    classes = np.concatenate([_classes(factors.left), _classes(factors.right)])
-    classes = np.unique(classes, return_inverse=True)[1].astype(np.uint8)
-    symbols = np.concatenate([factors.left.T.ravel(), factors.right.T.ravel()]).view(np.uint8)
-    packed = rans.pack(symbols, _spread(classes, factors.shape))
-    return head + factors.weights.astype("<u2").tobytes() + classes.tobytes() + packed
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Factors to be added to rows of a tensor of the base, from row ``first`` on."""
+
+    tensor: Tensor
+    first: int
+    factors: Factors
+
+    @property
+    def start(self) -> int:
+        """Where its codes begin in the base."""
+        return self.tensor.offset + self.first * self.tensor.columns
+
+    @property
+    def stop(self) -> int:
+        """Where its codes end in the base."""
+        return self.start + len(self.factors.left) * self.tensor.columns
 
 
-def unpack_factors(payload: bytes, tensors: Sequence[Tensor]) -> tuple[Tensor, Factors]:
-    """The factors of a payload and their tensor.
+def pack_factors(updates: Sequence[Update], tensors: Sequence[Tensor]) -> bytes:
+    """The payload of updates of some of ``tensors``."""
+    factors = [u.factors for u in updates]
+    classes = [np.concatenate([_classes(f.left), _classes(f.right)]) for f in factors]
+    _, dense = np.unique(np.concatenate(classes), return_inverse=True)
+    dense = dense.astype(np.uint8)
+    parts = [_SETS.pack(len(updates))]
+    spread, start = [], 0
+    for update in updates:
+        some = update.factors
+        rank = some.weights.size
+        parts += [
+            _SET.pack(
+                update.start,
+                tensors.index(update.tensor),
+                len(some.left),
+                rank,
+                some.power,
+                some.fraction,
+                bytes(3),
+            ),
+            some.weights.astype("<u2").tobytes(),
+            dense[start : start + 2 * rank].tobytes(),
+        ]
+        spread.append(_spread(dense[start : start + 2 * rank], some.shape))
+        start += 2 * rank
+    numbers = np.concatenate([x.T.ravel() for f in factors for x in (f.left, f.right)])
+    parts.append(rans.pack(numbers.view(np.uint8), np.concatenate(spread)))
+    return b"".join(parts)
+
+
+def unpack_factors(payload: bytes, tensors: Sequence[Tensor]) -> list[Update]:
+    """The updates of a payload, of some of ``tensors``.
 
     Raises:
-        IntegrityError: the payload is not of factors of one of these tensors.
+        IntegrityError: the payload is not of updates of these tensors.
     """
-    index, rows, rank, power, fraction, zero = _take(_FACTORS, payload)
-    start = _FACTORS.size + 2 * rank
-    if index >= len(tensors) or zero != bytes(3) or len(payload) < start + 2 * rank:
-        _refuse("factors are of no tensor")
-    tensor = tensors[index]
-    columns = tensor.columns
-    if not (0 < rows <= tensor.rows and rows * rank <= MAX_LEFT and columns * rank <= MAX_RIGHT):
-        _refuse("factors are too large")
-    weights = np.frombuffer(payload, "<u2", rank, _FACTORS.size).astype(np.uint16)
-    classes = np.frombuffer(payload, np.uint8, 2 * rank, start)
-    contexts = _spread(classes, (rows, columns))
-    symbols = rans.unpack(payload[start + 2 * rank :], contexts.size, contexts).view(np.int8)
-    left = symbols[: rows * rank].reshape(rank, rows).T
-    right = symbols[rows * rank :].reshape(rank, columns).T
-    return tensor, Factors(left, right, weights, power, fraction)
+    (count,) = _take(_SETS, payload)
+    at, room, stop = _SETS.size, MAX_NUMBERS, 0
+    heads, spread = [], []
+    for _ in range(count):
+        start, index, rows, rank, power, fraction, zero = _take(_SET, payload[at : at + _SET.size])
+        at += _SET.size
+        if index >= len(tensors) or zero != bytes(3) or at + 4 * rank > len(payload):
+            _refuse("factors are of no tensor")
+        tensor = tensors[index]
+        first, rest = divmod(start - tensor.offset, tensor.columns)
+        room -= (rows + tensor.columns) * rank
+        if (
+            rest
+            or not max(0, stop) <= start
+            or not 0 <= first < first + rows <= tensor.rows
+            or room < 0
+        ):
+            _refuse("factors are out of bounds")
+        stop = start + rows * tensor.columns
+        weights = np.frombuffer(payload, "<u2", rank, at).astype(np.uint16)
+        classes = np.frombuffer(payload, np.uint8, 2 * rank, at + 2 * rank)
+        at += 4 * rank
+        heads.append((tensor, first, rows, weights, power, fraction))
+        spread.append(_spread(classes, (rows, tensor.columns)))
+    contexts = np.concatenate([np.empty(0, np.uint8), *spread])
+    numbers = rans.unpack(payload[at:], contexts.size, contexts).view(np.int8)
+    updates = []
+    at = 0
+    for tensor, first, rows, weights, power, fraction in heads:
+        rank = weights.size
+        middle, end = at + rows * rank, at + (rows + tensor.columns) * rank
+        left = numbers[at:middle].reshape(rank, rows).T
+        right = numbers[middle:end].reshape(rank, tensor.columns).T
+        updates.append(Update(tensor, first, Factors(left, right, weights, power, fraction)))
+        at = end
+    return updates
 
 
 def _spread(classes: Contexts, shape: tuple[int, int]) -> Contexts:
     """A context for each number of both factors, from one for each of their columns."""
-    rank = classes.size // 2
-    return np.repeat(classes, np.repeat(shape, rank))
+    return np.repeat(classes, np.repeat(shape, classes.size // 2))
 
 
 def _classes(factor: npt.NDArray[np.int8]) -> Contexts:

@@ -31,9 +31,10 @@ from protos.errors import IntegrityError, InvalidInputError
 
 BLOCK = 32
 MAX_RANK = 1024
-MAX_LEFT = 1 << 22
+MAX_NUMBERS = 1 << 22
+"""Of all factors that are held in memory at once."""
 MAX_RIGHT = 1 << 19
-"""Most numbers of the factors: they are held in memory, the right one at eight bytes each."""
+"""Numbers of a right factor, of which one is held at eight bytes each."""
 _SUM_BITS, _RATE_BITS = 38, 24
 _FRACTIONS = range(16, 61)
 _NOT_FINITE = 255
@@ -76,15 +77,13 @@ class Factors:
             IntegrityError: a bound is passed.
         """
         rank = self.weights.size
-        peaks = (np.abs(f.astype(np.int64)).max(axis=0, initial=0) for f in (self.left, self.right))
-        most = int((self.weights * np.prod(list(peaks), axis=0)).sum())
         right = (
             0 < rank <= MAX_RANK
             and self.left.shape[1:] == self.right.shape[1:] == (rank,)
-            and 0 < self.left.size <= MAX_LEFT
+            and 0 < self.left.size <= MAX_NUMBERS
             and 0 < self.right.size <= MAX_RIGHT
             and self.fraction in _FRACTIONS
-            and most < 1 << _SUM_BITS
+            and self._largest() < 1 << _SUM_BITS
         )
         if not right:
             msg = (
@@ -92,6 +91,10 @@ class Factors:
                 "columns are out of bounds; fetch the delta again"
             )
             raise IntegrityError(msg)
+
+    def _largest(self) -> int:
+        """What no sum exceeds."""
+        return int((self.weights * _peaks(self.left) * _peaks(self.right)).sum())
 
     @classmethod
     def of(
@@ -170,6 +173,12 @@ class Product:
         steps += dither
         steps >>= fraction
         return steps
+
+
+def _peaks(factor: Signed) -> Whole:
+    """The largest magnitude in each column."""
+    low, high = (f(axis=0, initial=0).astype(np.int64) for f in (factor.min, factor.max))
+    return np.maximum(high, -low)
 
 
 def _rates(scales: Bits, power: int) -> Whole:

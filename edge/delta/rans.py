@@ -166,7 +166,7 @@ def _decode(
         state >>= np.uint32(BITS)
         state *= (entry >> np.uint32(20)) + np.uint32(1)
         state += (entry >> np.uint32(8)) & np.uint32(_TOTAL - 1)
-        low = np.flatnonzero(state < _LOW)
+        low = (state < _LOW).nonzero()[0]
         read = words[taken : taken + low.size]
         if read.size < low.size:
             _refuse("it ends too early")
