@@ -35,43 +35,27 @@ def rounded(bundle: Path, learnt: State, *, zone: float = 0.5) -> dict[str, torc
     return found
 
 
-def low_rank(
-    bundle: Path, masters: State, learnt: State, rank: int
+def products(
+    bundle: Path, masters: State, learnt: State, budget: int
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The update's best approximation of ``rank``, multiplied in integers and added to the codes.
-
-    The factors are int8, a rank's product has an integer multiplier, and one division by the
-    block's scale and a rounding remain: the same codes on every machine. Norms keep their values.
+    """The base's codes with low-rank products in some ``budget`` bytes (``cloud.students``).
 
     Returns:
-        Weights on the frozen scales; bytes of the factors after zstd.
+        Weights on the frozen scales; bytes of the factors. Norms keep the base's values.
     """
-    torch.manual_seed(0)  # svd_lowrank draws
-    found: dict[str, torch.Tensor] = {}  # norms stay as the base has them
-    sent = bytearray()
-    for name, _, codes, scales in _matrices(bundle, learnt):
-        update = learnt[name].double() - masters[name].double()
-        left, size, right = torch.svd_lowrank(update, q=min(rank + 8, *update.shape), niter=4)
-        root = size[:rank].sqrt()
-        up, up_scale = _int8((left[:, :rank] * root).numpy(), axis=0)
-        down, down_scale = _int8((right[:, :rank] * root).numpy(), axis=0)
-        factor = up_scale * down_scale
-        unit = factor.max() / (1 << _BITS)
-        multipliers = np.rint(factor / unit)
-        # Sums stay far below 2**53: in float64 this product of integers is exact.
-        product = (up * multipliers) @ down.T
-        blocks = np.repeat(scales.astype(np.float64), quantize.BLOCK, axis=1)
-        found[name] = _weights(codes + np.rint(product * unit / blocks), scales)
-        sent += up.astype(np.int8).tobytes() + down.astype(np.int8).tobytes()
-        sent += multipliers.astype(np.int16).tobytes() + np.float64(unit).tobytes()
-    return found, len(zstandard.ZstdCompressor(level=19).compress(bytes(sent)))
-
-
-def _int8(
-    factor: npt.NDArray[np.float64], axis: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    scale = np.maximum(np.abs(factor).max(axis=axis), 1e-30) / 127
-    return np.rint(factor / scale), scale
+    updates = low_rank.products(bundle, masters, learnt, budget=budget)
+    tensors = tensors_in(read_config(bundle))
+    size = sum(len(pack_factors([u], tensors)) for u in updates)
+    by_place = {u.start: u for u in updates}
+    offsets = {t.name: t.offset for t in tensors_of(bundle).values()}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor, first, codes, scales in _matrices(bundle, learnt):
+        moved = (codes + quantize.ZERO).astype(np.uint8)
+        update = by_place.get(offsets[tensor] + first * codes.shape[1])
+        if update is not None:
+            Product(update.factors).add(moved, scales.view(np.uint32), 0)
+        found[name] = _weights(moved.astype(np.float32) - quantize.ZERO, scales)
+    return found, size
 
 
 def _matrices(

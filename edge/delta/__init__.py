@@ -3,6 +3,7 @@
 from edge.delta.apply import apply
 from edge.delta.encode import DeltaInfo, Stretch, encode
 from edge.delta.format import Header, Tensor, read_header
+from edge.delta.kept import load_updates, save_updates
 from edge.delta.layout import stretches_between, tensors_in
 from edge.delta.payload import Update
 from edge.delta.product import BLOCK, Factors, Product
@@ -18,7 +19,9 @@ __all__ = [
     "Update",
     "apply",
     "encode",
+    "load_updates",
     "read_header",
+    "save_updates",
     "stretches_between",
     "tensors_in",
 ]
