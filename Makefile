@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRL := build/bench/trl-venv/.ready
+PEERS := build/bench/student-venv/.ready
 
 # The demo and the tests read a model that a package installed: nothing asks a hub.
 OFFLINE := HF_HUB_OFFLINE=1
@@ -16,7 +17,7 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe bench-learner bench-learner-full \
-  bench-learner-speed clean
+  bench-learner-speed bench-student clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -85,6 +86,15 @@ bench-learner-full: $(READY) $(TRL) ## Five skills, three seeds, every learner a
 
 bench-learner-speed: $(READY) $(TRL) ## Seconds a step and memory beside SFT and TRL (15 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.learner_speed
+
+bench-student: $(READY) $(PEERS) ## Speed of the student beside llama.cpp and onnxruntime-genai (10 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.student
+
+# The peers bring runtimes of their own, which a device must not need.
+$(PEERS): bench/peers/requirements-student.txt
+	$(PYTHON) -m venv build/bench/student-venv
+	build/bench/student-venv/bin/python -m pip install -r $<
+	touch $@
 
 # TRL needs other versions than the project: it has an environment of its own.
 $(TRL): bench/peers/requirements-trl.txt

@@ -161,6 +161,12 @@ def edge(
         float,
         typer.Option(min=0.01, max=0.5, help="Share of answers people correct when all is well."),
     ] = 0.2,
+    memory_limit: Annotated[
+        int,
+        typer.Option(
+            min=0, help="MB that this process may take with two students open; 0: what there is."
+        ),
+    ] = 0,
     threads: Threads = 2,
 ) -> None:
     """Answer people on this device, and keep its student current. Ctrl-C stops it."""
@@ -179,6 +185,7 @@ def edge(
             metrics=metrics,
             threads=threads,
             expected_corrections=expected_corrections,
+            memory_limit=memory_limit * 1024 * 1024,
         )
     )
 

@@ -41,11 +41,19 @@ from edge.link.outbox import Outbox
 from edge.link.uplink import InService, Uplink
 from edge.memory.store import Memory
 from edge.metrics import DeviceMetrics
-from edge.process import listen_address, listening, locked, log_to_stderr, metrics_server
+from edge.process import (
+    give_memory_back,
+    listen_address,
+    listening,
+    locked,
+    log_to_stderr,
+    metrics_server,
+)
 from edge.student.runtime import Student
 from edge.update import probe, trust
 from edge.update.client import UpdateClient
 from edge.update.grpc_transport import GrpcTransport
+from edge.update.room import has_room
 from edge.update.slots import Slots
 from edge.update.work import Device
 from protos.errors import InvalidInputError, StorageError
@@ -84,6 +92,8 @@ class AgentConfig:
         metrics: where Prometheus finds ``/metrics``; port 0 takes a free one.
         threads: that a student computes with.
         expected_corrections: share of answers that people correct when all is well.
+        memory_limit: resident bytes that a second student beside the first may not pass; 0 leaves
+            it to what system and service manager allow.
     """
 
     state: Path
@@ -97,6 +107,7 @@ class AgentConfig:
     metrics: str = "127.0.0.1:9181"
     threads: int = 2
     expected_corrections: float = DriftConfig.expected_corrections
+    memory_limit: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is touched."""
@@ -126,7 +137,7 @@ def run(config: AgentConfig, *, open_student: Callable[[Path], Served] | None = 
         StorageError: the disk is full or failed.
     """
     log_to_stderr()
-    opener = open_student or partial(Student.open, threads=config.threads)
+    opener = open_student or partial(_open, threads=config.threads)
     with locked(config.state):
         keys = trust.load_trusted(config.trust)
         slots = Slots(config.state / "slots")
@@ -141,6 +152,12 @@ def run(config: AgentConfig, *, open_student: Callable[[Path], Served] | None = 
                 serving,
             )
         )
+
+
+def _open(folder: Path, *, threads: int) -> Student:
+    student = Student.open(folder, threads=threads)
+    give_memory_back()
+    return student
 
 
 class _Server(uvicorn.Server):
@@ -208,6 +225,7 @@ async def _serve(
 
         async def exchange(new: Served) -> None:
             await host.swap(new)
+            give_memory_back()
             assistant.swapped()
             uplink.announce()
             _LOG.info("student %s serves", new.digest[:_SHORT])
@@ -229,6 +247,8 @@ async def _serve(
                 open_student=open_student,
                 swap=lambda new: asyncio.run_coroutine_threadsafe(exchange(new), loop).result(),
                 on_commit=on_commit,
+                has_room=partial(has_room, limit=config.memory_limit),
+                unload=lambda: asyncio.run_coroutine_threadsafe(host.unload(), loop).result(),
             ),
             transport=GrpcTransport(
                 address=str(parse_address(config.cloud)),

@@ -22,15 +22,18 @@ class Harness:
     """System prompt, answer schema and decoding settings.
 
     ``schema`` is a JSON schema (draft 2020-12) that a right answer satisfies, or None where answers
-    are free text. ``max_tokens`` bounds an answer. ``memory_shown`` is how many demonstrations of
-    the working memory a prompt may show, ``memory_similarity`` (0..1) how near to the request they
-    must be: near, because a student that knows its skill is misled by what is merely similar. After
-    a drift alarm, when the weights no longer fit, ``memory_similarity_drifted`` holds until the
-    next student serves: then even the form of a similar answer helps.
+    are free text. With ``guided`` every answer is made to satisfy it: its keys come in the schema's
+    order, and what the schema leaves no choice about is not decoded but written; without, the
+    schema only judges. ``max_tokens`` bounds an answer. ``memory_shown`` is how many demonstrations
+    of the working memory a prompt may show, ``memory_similarity`` (0..1) how near to the request
+    they must be: near, because a student that knows its skill is misled by what is merely similar.
+    After a drift alarm, when the weights no longer fit, ``memory_similarity_drifted`` holds until
+    the next student serves: then even the form of a similar answer helps.
     """
 
     system: str = "You are a helpful assistant."
     schema: dict[str, Any] | None = None
+    guided: bool = False
     max_tokens: int = 96
     memory_shown: int = 3
     memory_similarity: float = 0.8
@@ -38,8 +41,13 @@ class Harness:
     version: int = field(default=VERSION, kw_only=True)
 
     def to_json(self) -> bytes:
-        """Canonical bytes: equal harnesses have equal digests."""
-        return json.dumps(asdict(self), sort_keys=True, indent=1).encode() + b"\n"
+        """Bytes of ``harness.json``.
+
+        The schema keeps its order, which is that of a guided answer. ``guided`` is written only
+        where it is set: agents that do not know it then still read the file.
+        """
+        fields = {k: v for k, v in sorted(asdict(self).items()) if k != "guided" or v}
+        return json.dumps(fields, indent=1).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> Harness:
@@ -81,6 +89,11 @@ class Harness:
             if not isinstance(share, int | float) or not 0 <= share <= 1:
                 msg = f"harness.json: {name} is {share!r}; it must be from 0 to 1"
                 raise InvalidInputError(msg)
+        if not isinstance(self.guided, bool) or (self.guided and self.schema is None):
+            msg = (
+                f"harness.json: guided is {self.guided!r}; it must be true with a schema, or false"
+            )
+            raise InvalidInputError(msg)
         if not isinstance(self.system, str):
             msg = f"harness.json: system is {self.system!r}; it must be text"
             raise InvalidInputError(msg)

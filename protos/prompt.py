@@ -16,7 +16,10 @@ from protos.errors import InvalidInputError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+ASKING = ("user", "tool")
+"""Roles whose message may be answered."""
+
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 
 
@@ -55,8 +58,8 @@ def chat(system: str, messages: Sequence[Message], shown: Iterable[Shown] = ()) 
     ['You run a home.', 'lamp on', '{"name":"on"}', 'lamp off']
     """
     own = [m for m in messages if m.role != "system"]
-    if not own or own[-1].role != "user":
-        msg = "the last message must be the user's: nothing to answer otherwise"
+    if not own or own[-1].role not in ASKING:
+        msg = "the last message must be the user's or a tool's: nothing to answer otherwise"
         raise InvalidInputError(msg)
     heads = [m for m in messages if m.role == "system"] or (
         [Message("system", system)] if system else []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from edge.student.runtime import greedy
 from protos.prompt import Message, chat
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Household:
 
 def exact_match(student: Student, commands: Sequence[Command]) -> int:
     """How many commands a student answers to the letter, greedily and without working memory."""
-    system, limit = student.harness.system, student.harness.max_tokens
-    chats = [chat(system, [Message("user", c.text)]) for c in commands]
-    answers = student.answer_all(chats, limit)
+    chats = [chat(student.harness.system, [Message("user", c.text)]) for c in commands]
+    decoding = greedy(student.harness)
+    answers = student.answer_all(chats, decoding.max_tokens, decoding.grammar)
     return sum(a.text == c.answer for a, c in zip(answers, commands, strict=True))

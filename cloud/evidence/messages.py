@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from edge.link.outbox import MAX_PAYLOAD
 from protos import topics
 from protos.errors import InvalidInputError
+from protos.prompt import ROLES
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ _TYPES: dict[str, Callable[[], DeviceMessage]] = {
     "demonstration": device_pb2.Demonstration,
     "drift": device_pb2.DriftReport,
 }
-_ROLES = ("system", "user", "assistant")
 _MAX_INTEGER = 2**63 - 1  # SQLite's
 _UUID_LENGTH = 36
 _UUID_VERSION = 7
@@ -127,9 +127,9 @@ def check_demonstration(message: device_pb2.Demonstration) -> None:
     if not message.messages or message.messages[-1].role != "user":
         msg = f"demonstration {message.id}: the last of its messages must be the user's"
         raise InvalidInputError(msg)
-    roles = {m.role for m in message.messages} - set(_ROLES)
+    roles = {m.role for m in message.messages} - set(ROLES)
     if roles:
-        msg = f"demonstration {message.id}: roles are {', '.join(_ROLES)}, not {sorted(roles)}"
+        msg = f"demonstration {message.id}: roles are {', '.join(ROLES)}, not {sorted(roles)}"
         raise InvalidInputError(msg)
     if not message.correction:
         msg = f"demonstration {message.id} does not say what the answer should have been"

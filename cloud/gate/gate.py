@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cloud.learners.prompts import SYSTEM
-from edge.student.runtime import Student
+from edge.student.runtime import Student, greedy
 from protos.prompt import Message, Shown, chat, render
 
 if TYPE_CHECKING:
@@ -105,8 +105,9 @@ def judge(current: Scores, candidate: Scores, base_kl: float, config: GateConfig
 def score(student: Student, new: Sequence[Shown], earlier: Sequence[Shown]) -> Scores:
     """Ask a student all held-out demonstrations, greedily and without working memory."""
     asked = [*new, *earlier]
-    system, limit = student.harness.system, student.harness.max_tokens
-    answers = student.answer_all([chat(system, d.messages) for d in asked], limit)
+    chats = [chat(student.harness.system, d.messages) for d in asked]
+    decoding = greedy(student.harness)
+    answers = student.answer_all(chats, decoding.max_tokens, decoding.grammar)
     texts = tuple(a.text for a in answers)
     right = [t == d.answer for t, d in zip(texts, asked, strict=True)]
     return Scores(

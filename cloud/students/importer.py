@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from protos.harness import Harness
 
-VERSION = 2
+VERSION = 3
 ANSWERS = "answers.json"
 """In the masters' folder: what the imported student itself says to general prompts."""
 

@@ -1,6 +1,6 @@
 """Eight-bit codes with scales that are frozen for the life of a base.
 
-A weight matrix ``[rows, columns]`` is cut into blocks of 32 along its columns; a block has one
+A weight matrix ``[rows, columns]`` is cut into blocks of 64 along its columns; a block has one
 fp32 scale, ``max |w| / 127``, and its codes are ``round(w / scale) + 128`` as unsigned bytes,
 which is what ONNX Runtime's ``MatMulNBits`` reads with its default zero point. Later releases keep
 the scales and change codes only, so that a delta is a change of bytes.
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from protos.errors import InvalidInputError
 
-BLOCK = 32
+BLOCK = 64
 ZERO = 128
 _LIMIT = 127
 
@@ -26,10 +26,10 @@ Weights = npt.NDArray[np.float32]
 
 
 def make_scales(weight: Weights) -> Scales:
-    """One scale a block: ``[rows, columns]`` to ``[rows, columns / 32]``.
+    """One scale a block: ``[rows, columns]`` to ``[rows, columns / 64]``.
 
     Raises:
-        InvalidInputError: the columns are no multiple of 32, or a weight is not finite.
+        InvalidInputError: the columns are no multiple of 64, or a weight is not finite.
     """
     rows, columns = weight.shape
     if columns % BLOCK:
@@ -46,8 +46,8 @@ def make_scales(weight: Weights) -> Scales:
 def encode(weight: Weights, scales: Scales) -> Codes:
     """Round weights ``[rows, columns]`` to codes on given scales, to nearest, within -127..127.
 
-    >>> w = np.array([[1.0] + [0.0] * 30 + [-1.0]], dtype=np.float32)
-    >>> encode(w, make_scales(w))[0, [0, 1, 31]].tolist()
+    >>> w = np.array([[1.0] + [0.0] * 62 + [-1.0]], dtype=np.float32)
+    >>> encode(w, make_scales(w))[0, [0, 1, 63]].tolist()
     [255, 128, 1]
     """
     rows, columns = weight.shape

@@ -14,8 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from edge.api import wire
-from edge.api.wire import RequestError
+from edge.api import replies, wire
+from edge.api.fields import RequestError
+from edge.api.replies import Piece
 from edge.host import BusyError
 from protos.errors import (
     ContextLengthError,
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from edge.api.replies import Completion, Head
     from edge.api.service import Assistant
-    from edge.api.wire import ChatRequest, Head
+    from edge.api.wire import ChatRequest
     from edge.metrics import DeviceMetrics
 
 _LOG = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def create_app(
         return JSONResponse({"demonstration_id": await assistant.judge(judged)})
 
     async def models(_: Request) -> Response:
-        return JSONResponse(wire.models_body(assistant.student))
+        return JSONResponse(replies.models_body(assistant.student))
 
     async def healthz(_: Request) -> Response:
         return JSONResponse({**assistant.health(), **status()})
@@ -111,7 +113,7 @@ def error_response(error: Exception) -> JSONResponse:
         case _:
             _LOG.error("a request failed", exc_info=error)
             message = f"the device failed ({type(error).__name__}): its log says more"
-    body = wire.error_body(message, kind=kind, param=param, code=code)
+    body = replies.error_body(message, kind=kind, param=param, code=code)
     return JSONResponse(body, status_code=status, headers=headers)
 
 
@@ -143,16 +145,16 @@ class _ChatResponse(Response):
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            response = JSONResponse(wire.completion_body(await self._complete()))
+            response = JSONResponse(replies.completion_body(await self._complete()))
         except Exception as error:  # noqa: BLE001 - every request gets an answer
             response = error_response(error)
         await response(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Decoding does not wait for a client that reads slowly: others want the student.
-        pieces: asyncio.Queue[tuple[Head, str] | None] = asyncio.Queue()
+        pieces: asyncio.Queue[tuple[Head, Piece] | None] = asyncio.Queue()
         completing = asyncio.ensure_future(
-            self._complete(lambda head, text: pieces.put_nowait((head, text)))
+            self._complete(lambda head, piece: pieces.put_nowait((head, piece)))
         )
         completing.add_done_callback(lambda _: pieces.put_nowait(None))
         started = False
@@ -161,13 +163,15 @@ class _ChatResponse(Response):
                 if not started:
                     await _start(send, piece[0])
                     started = True
-                await _event(send, wire.chunk_body(piece[0], {"content": piece[1]}))
+                await _event(send, replies.chunk_body(*piece))
             completion = await completing
             if not started:
                 await _start(send, completion.head)
-            await _event(send, wire.chunk_body(completion.head, {}, completion.finish_reason))
+            await _event(
+                send, replies.chunk_body(completion.head, Piece({}), completion.finish_reason)
+            )
             if self._request.include_usage:
-                await _event(send, wire.usage_body(completion))
+                await _event(send, replies.usage_body(completion))
             await _data(send, b"[DONE]", last=True)
         except Exception as error:  # noqa: BLE001 - every request gets an answer
             response = error_response(error)
@@ -179,11 +183,9 @@ class _ChatResponse(Response):
             completing.cancel()
             await asyncio.gather(completing, return_exceptions=True)
 
-    async def _complete(
-        self, on_text: Callable[[Head, str], None] | None = None
-    ) -> wire.Completion:
+    async def _complete(self, on_piece: Callable[[Head, Piece], None] | None = None) -> Completion:
         try:
-            completion = await self._assistant.complete(self._request, on_text)
+            completion = await self._assistant.complete(self._request, on_piece)
         except Exception as error:
             self._metrics.requests.labels(_outcome(error)).inc()
             raise
@@ -221,7 +223,7 @@ def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)  # noqa: S101 - as registered above
     message = f"{request.method} {request.url.path}: {error.detail}"
-    body = wire.error_body(message, kind="invalid_request_error", code="unknown_url")
+    body = replies.error_body(message, kind="invalid_request_error", code="unknown_url")
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
@@ -259,7 +261,7 @@ async def _start(send: Send, head: Head) -> None:
         (b"cache-control", b"no-store"),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await _event(send, wire.chunk_body(head, {"role": "assistant", "content": ""}))
+    await _event(send, replies.chunk_body(head, Piece({"role": "assistant", "content": ""})))
 
 
 async def _event(send: Send, body: Mapping[str, Any]) -> None:

@@ -9,27 +9,27 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic
 
+from edge.api.answering import answer
+from edge.api.fields import RequestError
 from edge.api.ids import uuid7
-from edge.api.wire import Completion, Head, RequestError
 from edge.host import StudentHost, StudentT
 from edge.link.outbox import DEMONSTRATION, DRIFT, MAX_PAYLOAD
 from edge.memory.store import Demonstration
-from edge.student.runtime import Decoding, surprise
+from edge.student.tokens import surprise
 from protos.errors import StorageError
-from protos.prompt import Message, Shown, chat
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from random import Random
 
+    from edge.api.replies import Completion, Head, Piece
     from edge.api.wire import ChatRequest, Feedback
     from edge.drift.monitor import Alarm, DriftMonitor
     from edge.link.outbox import Outbox
     from edge.memory.store import Memory
     from edge.metrics import DeviceMetrics
-    from edge.student.runtime import Token
+    from protos.prompt import Message
 
 _LOG = logging.getLogger(__name__)
 REMEMBERED = 1000
@@ -59,19 +59,6 @@ class _Record:
     kept: str | None = None
     judged: bool = False
     corrected: bool = False
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    head: Head
-    tokens: list[Token]
-    prompt_tokens: int
-    finish_reason: str
-    schema_broken: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(t.text for t in self.tokens)
 
 
 class Assistant(Generic[StudentT]):
@@ -126,16 +113,17 @@ class Assistant(Generic[StudentT]):
         self._watch(self._host.student.digest)
 
     async def complete(
-        self, request: ChatRequest, on_text: Callable[[Head, str], None] | None = None
+        self, request: ChatRequest, on_piece: Callable[[Head, Piece], None] | None = None
     ) -> Completion:
         """Answer a request.
 
         Args:
             request: what is asked.
-            on_text: is given each piece of the answer as soon as it is decoded.
+            on_piece: is given each piece of the answer as soon as it is decoded.
 
         Raises:
             ContextLengthError: the request does not fit, even without demonstrations.
+            RequestError: its schemas cannot guide, or it wants more tokens than the context holds.
             BusyError: too many requests wait.
             UnavailableError: the device is stopping.
         """
@@ -143,34 +131,39 @@ class Assistant(Generic[StudentT]):
             await self._report(self._drift.asked())
         loop = asyncio.get_running_loop()
 
-        def tell(head: Head, text: str) -> None:
-            if on_text is not None:
-                loop.call_soon_threadsafe(on_text, head, text)
+        def tell(head: Head, piece: Piece) -> None:
+            if on_piece is not None:
+                loop.call_soon_threadsafe(on_piece, head, piece)
 
-        identity = f"chatcmpl-{uuid7(now=self._clock(), random=self._random)}"
-        decoded = await self._host.run(partial(self._decode, request, identity, tell))
+        unique = uuid7(now=self._clock(), random=self._random)
+        made = await self._host.run(
+            partial(
+                answer,
+                request,
+                unique=unique,
+                created=int(self._clock()),
+                memory=self._memory,
+                drifted=self._drift.drifted,
+                tell=tell,
+            )
+        )
+        completion = made.completion
         record = _Record(
-            messages=request.messages,
-            answer=decoded.text,
-            surprise=surprise(decoded.tokens),
-            schema_broken=decoded.schema_broken,
-            student=decoded.head.student,
+            messages=made.messages,
+            answer=made.text,
+            surprise=surprise(made.tokens),
+            schema_broken=made.schema_broken,
+            student=completion.head.student,
             monitored=request.monitored,
         )
-        self._remember(identity, record)
+        self._remember(completion.head.id, record)
         if request.monitored:
             self._watch(record.student)
             alarm = self._drift.answered(
-                identity, surprise=record.surprise, schema_broken=record.schema_broken
+                completion.head.id, surprise=record.surprise, schema_broken=record.schema_broken
             )
             await self._report(alarm)
-        return Completion(
-            head=decoded.head,
-            text=record.answer,
-            finish_reason=decoded.finish_reason,
-            prompt_tokens=decoded.prompt_tokens,
-            completion_tokens=len(decoded.tokens),
-        )
+        return completion
 
     async def judge(self, feedback: Feedback) -> str:
         """Keep a person's judgement as evidence and in working memory; return the evidence's id.
@@ -227,50 +220,6 @@ class Assistant(Generic[StudentT]):
                 },
             },
         }
-
-    def _decode(
-        self,
-        request: ChatRequest,
-        identity: str,
-        tell: Callable[[Head, str], None],
-        student: StudentT,
-        abandoned: threading.Event,
-    ) -> _Decoded:
-        """Build the prompt and decode; runs in the student's thread."""
-        harness = student.harness
-        head = Head(identity, int(self._clock()), student.digest)
-        wanted = request.max_tokens or harness.max_tokens
-        shown = self._memory.nearest(
-            request.messages,
-            limit=harness.memory_shown,
-            min_similarity=(
-                harness.memory_similarity_drifted
-                if self._drift.drifted
-                else harness.memory_similarity
-            ),
-        )
-        messages, size = fit(student, request.messages, shown, room=wanted)
-        decoding = Decoding(
-            max_tokens=wanted,
-            temperature=request.temperature,
-            seed=request.seed,
-            stop=request.stop,
-        )
-        tokens: list[Token] = []
-        for token in student.stream(messages, decoding):
-            if abandoned.is_set():
-                break
-            tokens.append(token)
-            if token.text:
-                tell(head, token.text)
-        full = len(tokens) >= min(wanted, student.context_length - size)
-        return _Decoded(
-            head=head,
-            tokens=tokens,
-            prompt_tokens=size,
-            finish_reason="length" if full else "stop",
-            schema_broken=harness.breaks_schema("".join(t.text for t in tokens)),
-        )
 
     def _remember(self, identity: str, record: _Record) -> None:
         self._records[identity] = record
@@ -381,21 +330,3 @@ class Assistant(Generic[StudentT]):
             ],
             answered=alarm.answered,
         )
-
-
-def fit(
-    student: StudentT, messages: Sequence[Message], shown: Sequence[Shown], *, room: int
-) -> tuple[list[Message], int]:
-    """The prompt for a request, with as many demonstrations as leave ``room`` for the answer.
-
-    The farthest demonstrations, which stand first, are dropped first.
-
-    Returns:
-        The prompt and its length in tokens; without demonstrations it may still be too long.
-    """
-    for dropped in range(len(shown) + 1):
-        prompt = chat(student.harness.system, messages, shown[dropped:])
-        size = student.prompt_tokens(prompt)
-        if size + room <= student.context_length:
-            break
-    return prompt, size

@@ -1,44 +1,29 @@
-"""OpenAI's shapes: requests parsed and checked, responses and errors built. No I/O."""
+"""OpenAI's shapes: requests, parsed and checked. No I/O."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from edge.api.fields import RequestError, field_of, parse_object
+from edge.api.tools import Offer, check_schema, parse_calls, parse_offer
 from protos.errors import InvalidInputError
-from protos.prompt import Message
+from protos.prompt import ASKING, Message
 
-MODEL = "anabranch"
 MAX_STOPS = 4
 MAX_TEMPERATURE = 2.0
-_UNSUPPORTED = (
-    *("tools", "functions", "tool_choice", "logprobs", "audio", "prediction"),
-    "logit_bias",
-)
+MAX_TOP_LOGPROBS = 20
+_UNSUPPORTED = ("functions", "function_call", "audio", "prediction", "logit_bias")
 _NEUTRAL = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-
-
-class RequestError(InvalidInputError):
-    """A request is at fault; ``param`` names the field, ``code`` is for programs."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str = "invalid_value",
-        status: int = 400,
-    ) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
-        self.status = status
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A checked chat request; None stands for the harness's or the student's own choice."""
+    """A checked chat request; None stands for the harness's or the student's own choice.
+
+    ``schema`` is what a content must satisfy; ``top_logprobs`` is None where log-probabilities are
+    not asked for.
+    """
 
     messages: tuple[Message, ...]
     max_tokens: int | None = None
@@ -48,15 +33,24 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False
     store: bool = True
+    offer: Offer = field(default_factory=Offer)
+    schema: dict[str, Any] | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the harness says what to answer and how.
+
+        A request with a system message, tools or a response format of its own is another use of
+        the student than the one that the harness describes.
+        """
+        own = any(m.role == "system" for m in self.messages)
+        return not own and not self.offer.tools and self.schema is None
 
     @property
     def monitored(self) -> bool:
-        """Whether the answer tells of drift.
-
-        Not with ``store: false``, and not with a system message of its own: then it is another use
-        of the student than the one that the harness describes.
-        """
-        return self.store and all(m.role != "system" for m in self.messages)
+        """Whether the answer tells of drift: where it is plain, and not with ``store: false``."""
+        return self.store and self.plain
 
 
 @dataclass(frozen=True)
@@ -65,43 +59,6 @@ class Feedback:
 
     completion: str
     correction: str | None
-
-
-@dataclass(frozen=True)
-class Head:
-    """What every part of a response repeats; ``created`` in seconds since 1970."""
-
-    id: str
-    created: int
-    student: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer. ``finish_reason`` is ``stop`` or ``length``."""
-
-    head: Head
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Parse a request's body, which must be a JSON object.
-
-    Raises:
-        RequestError: it is not.
-    """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        msg = f"the body is not JSON: {error}"
-        raise RequestError(msg, code="invalid_json") from error
-    if not isinstance(value, dict):
-        msg = f"the body must be a JSON object, not {type(value).__name__}"
-        raise RequestError(msg, code="invalid_json")
-    return value
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -117,31 +74,28 @@ def parse_chat(body: bytes) -> ChatRequest:
         if raw.get(name):
             msg = f"{name} is not supported by this device: leave it out"
             raise RequestError(msg, param=name, code="unsupported_parameter")
-    if _field(raw, "response_format", dict, {"type": "text"}).get("type") != "text":
-        msg = "response_format is not supported: the harness says how answers look"
-        raise RequestError(msg, param="response_format", code="unsupported_parameter")
     for name, neutral in _NEUTRAL.items():
-        if _field(raw, name, (int, float), neutral) != neutral:
+        if field_of(raw, name, (int, float), neutral) != neutral:
             msg = (
                 f"{name} must be {neutral:g}: this device decodes greedily or by temperature alone"
             )
             raise RequestError(msg, param=name, code="unsupported_parameter")
-    if _field(raw, "n", int, 1) != 1:
+    if field_of(raw, "n", int, 1) != 1:
         msg = "n must be 1: this device gives one answer at a time"
         raise RequestError(msg, param="n")
     newer, older = "max_completion_tokens", "max_tokens"
     limit_name = newer if raw.get(newer) is not None else older
-    limit = _field(raw, limit_name, int, None)
+    limit = field_of(raw, limit_name, int, None)
     if limit is not None and limit < 1:
         msg = f"{limit_name} is {limit}; it must be at least 1"
         raise RequestError(msg, param=limit_name)
-    temperature = _field(raw, "temperature", (int, float), 0.0)
+    temperature = field_of(raw, "temperature", (int, float), 0.0)
     if not 0 <= temperature <= MAX_TEMPERATURE:
         msg = f"temperature is {temperature}; it must be from 0 to {MAX_TEMPERATURE:g}"
         raise RequestError(msg, param="temperature")
-    seed = _field(raw, "seed", int, None)
-    stream = _field(raw, "stream", bool, default=False)
-    options = _field(raw, "stream_options", dict, {})
+    seed = field_of(raw, "seed", int, None)
+    stream = field_of(raw, "stream", bool, default=False)
+    options = field_of(raw, "stream_options", dict, {})
     return ChatRequest(
         messages=_messages(raw),
         max_tokens=limit,
@@ -149,8 +103,11 @@ def parse_chat(body: bytes) -> ChatRequest:
         seed=None if seed is None else seed % 2**63,
         stop=_stop(raw),
         stream=stream,
-        include_usage=_field(options, "include_usage", bool, default=False),
-        store=_field(raw, "store", bool, default=True),
+        include_usage=field_of(options, "include_usage", bool, default=False),
+        store=field_of(raw, "store", bool, default=True),
+        offer=parse_offer(raw),
+        schema=_response_schema(raw),
+        top_logprobs=_top_logprobs(raw),
     )
 
 
@@ -161,9 +118,9 @@ def parse_feedback(body: bytes) -> Feedback:
         RequestError: malformed, or it says neither or both of correction and acceptance.
     """
     raw = parse_object(body)
-    completion = _field(raw, "completion_id", str, None)
-    correction = _field(raw, "correction", str, None)
-    accepted = _field(raw, "accepted", bool, default=False)
+    completion = field_of(raw, "completion_id", str, None)
+    correction = field_of(raw, "correction", str, None)
+    accepted = field_of(raw, "accepted", bool, default=False)
     if not completion:
         msg = "completion_id is missing: give the id of the answer that this is about"
         raise RequestError(msg, param="completion_id", code="missing_required_parameter")
@@ -179,28 +136,69 @@ def parse_feedback(body: bytes) -> Feedback:
 
 
 def _messages(raw: dict[str, Any]) -> tuple[Message, ...]:
-    messages = _field(raw, "messages", list, [])
+    messages = field_of(raw, "messages", list, [])
     if not messages:
         msg = "messages is missing or empty: give at least one message of the user"
         raise RequestError(msg, param="messages", code="missing_required_parameter")
-    parsed = []
+    parsed: list[Message] = []
+    called: set[str] = set()
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
             msg = f"{where} must be an object with role and content"
             raise RequestError(msg, param=where)
-        role = _field(message, "role", str, None, where)
+        role = field_of(message, "role", str, None, where)
         if role is None:
             msg = f"{where}.role is missing"
             raise RequestError(msg, param=f"{where}.role", code="missing_required_parameter")
+        content = ""
+        if role == "assistant" and message.get("tool_calls"):
+            ids, content = parse_calls(message, where)
+            called.update(ids)
+        elif role == "tool" and message.get("tool_call_id") not in called:
+            msg = f"{where}: tool_call_id must be that of a call in an assistant's message before"
+            raise RequestError(msg, param=where)
+        if message.get("content") is not None or not content:
+            content = "\n".join(filter(None, [_content(message, where), content]))
         # OpenAI's newer name for the system message.
-        parsed.append(
-            _checked("system" if role == "developer" else role, _content(message, where), where)
-        )
-    if parsed[-1].role != "user":
-        msg = f"the last message must be the user's, not the {parsed[-1].role}'s"
+        parsed.append(_checked("system" if role == "developer" else role, content, where))
+    if parsed[-1].role not in ASKING:
+        msg = f"the last message must be the user's or a tool's, not the {parsed[-1].role}'s"
         raise RequestError(msg, param="messages")
     return tuple(parsed)
+
+
+def _response_schema(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON schema that ``response_format`` asks for, None where text is free."""
+    name = "response_format"
+    given = field_of(raw, name, dict, {"type": "text"})
+    match given.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "object"}
+        case "json_schema":
+            named = field_of(given, "json_schema", dict, {}, name)
+            schema = named.get("schema")
+            if not isinstance(schema, dict):
+                msg = f"{name}.json_schema.schema is missing: give a JSON schema"
+                raise RequestError(msg, param=name, code="missing_required_parameter")
+            check_schema(schema, f"{name}.json_schema.schema", name)
+            return schema
+        case other:
+            msg = f"{name}.type is {other!r}; it must be text, json_object or json_schema"
+            raise RequestError(msg, param=name)
+
+
+def _top_logprobs(raw: dict[str, Any]) -> int | None:
+    wanted = field_of(raw, "logprobs", bool, default=False)
+    count = field_of(raw, "top_logprobs", int, None)
+    if count is None:
+        return 0 if wanted else None
+    if not wanted or not 0 <= count <= MAX_TOP_LOGPROBS:
+        msg = f"top_logprobs is {count}; it must be 0 to {MAX_TOP_LOGPROBS}, with logprobs: true"
+        raise RequestError(msg, param="top_logprobs")
+    return count
 
 
 def _content(message: dict[str, Any], where: str) -> str:
@@ -234,98 +232,3 @@ def _stop(raw: dict[str, Any]) -> tuple[str, ...]:
         msg = f"stop must be a text or a list of at most {MAX_STOPS} texts, none empty"
         raise RequestError(msg, param="stop")
     return tuple(stops)
-
-
-def _field(
-    raw: dict[str, Any],
-    name: str,
-    kind: type | tuple[type, ...],
-    default: Any = None,  # noqa: ANN401 - whatever JSON holds
-    where: str = "",
-) -> Any:  # noqa: ANN401 - whatever JSON holds
-    """A field of the given kind; null counts as absent, and true is not a number."""
-    value = raw.get(name)
-    if value is None:
-        return default
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        path = f"{where}.{name}" if where else name
-        wanted = " or ".join(_NAMES[k] for k in kinds)
-        msg = f"{path} must be {wanted}, not {_NAMES.get(type(value), 'null')}"
-        raise RequestError(msg, param=path, code="invalid_type")
-    return value
-
-
-_NAMES: dict[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def completion_body(completion: Completion) -> dict[str, Any]:
-    """The response to a chat request that is not streamed."""
-    message = {"role": "assistant", "content": completion.text, "refusal": None}
-    choice = {
-        "index": 0,
-        "message": message,
-        "logprobs": None,
-        "finish_reason": completion.finish_reason,
-    }
-    return {
-        **_head(completion.head, "chat.completion"),
-        "choices": [choice],
-        "usage": _usage(completion),
-    }
-
-
-def chunk_body(
-    head: Head, delta: dict[str, str], finish_reason: str | None = None
-) -> dict[str, Any]:
-    """One chunk of a streamed response."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-    return {**_head(head, "chat.completion.chunk"), "choices": [choice]}
-
-
-def usage_body(completion: Completion) -> dict[str, Any]:
-    """The chunk that ends a stream whose request asked for ``include_usage``."""
-    return {
-        **_head(completion.head, "chat.completion.chunk"),
-        "choices": [],
-        "usage": _usage(completion),
-    }
-
-
-def error_body(
-    message: str, *, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """An error as OpenAI's clients understand it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def models_body(student: str) -> dict[str, Any]:
-    """The response to ``GET /v1/models``: one model, the student in service."""
-    model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "anabranch"}
-    return {"object": "list", "data": [{**model, "system_fingerprint": student}]}
-
-
-def _head(head: Head, kind: str) -> dict[str, Any]:
-    return {
-        "id": head.id,
-        "object": kind,
-        "created": head.created,
-        "model": MODEL,
-        "system_fingerprint": head.student,
-    }
-
-
-def _usage(completion: Completion) -> dict[str, int]:
-    prompt, answer = completion.prompt_tokens, completion.completion_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
-    }

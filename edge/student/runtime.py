@@ -1,118 +1,63 @@
-"""Answer chats with a student bundle through ONNX Runtime.
-
-The key-value cache lives in fixed buffers that the graph updates in place (IOBinding, past and
-present share memory); a request reuses the prefix it has in common with the one before it.
-"""
+"""Answer chats with a student bundle through ONNX Runtime."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
-import numpy as np
-import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from edge.student import bundle
+from edge.student.decode import SLICE, Run
+from edge.student.engine import Engine, open_session
+from edge.student.guide import Guides, schema_grammar
+from edge.student.lookup import LEAD, Guesser, PastAnswers
+from edge.student.prefix import PrefixCache
+from edge.student.tokens import Answer, Decoding, Emission, Token, surprise
 from protos.errors import ContextLengthError, IntegrityError
-from protos.prompt import Message, render
+from protos.prompt import IM_START, Message, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    import numpy.typing as npt
+    import onnxruntime as ort
 
-    Floats = npt.NDArray[np.float32]
+    from edge.student.engine import Floats
+    from protos.harness import Harness
 
-_GRAIN = 256  # the cache grows by so many positions, so that short chats take little memory
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+__all__ = ["Answer", "Decoding", "Student", "Token", "Warmth", "greedy", "surprise"]
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How to decode: ``temperature`` 0 is greedy; ``stop`` are texts that end an answer."""
-
-    max_tokens: int
-    temperature: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+_CACHE_BYTES = 96 * 1024 * 1024
+_WARMED = 512  # tokens; a student that is warmed competes with the one that serves
 
 
 @dataclass(frozen=True)
-class Token:
-    """One decoded token; ``text`` is empty while a character is incomplete; ``logprob`` in nats."""
+class Warmth:
+    """What makes a student fast, by content: it outlives the weights.
 
-    id: int
-    text: str
-    logprob: float
+    Attributes:
+        system: the harness's system prompt.
+        heads: messages at the beginning of prompts, the latest first.
+        answers: of the past, oldest first.
+    """
 
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer; ``surprise`` is the mean of ``-logprob`` over its tokens, in nats."""
-
-    text: str
-    surprise: float
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+    system: str
+    heads: tuple[tuple[Message, ...], ...]
+    answers: tuple[str, ...]
 
 
-class Engine:
-    """One ONNX Runtime session with its key-value buffers, for ``batch`` rows at once."""
-
-    def __init__(
-        self, session: ort.InferenceSession, config: dict[str, Any], batch: int = 1
-    ) -> None:
-        self._session = session
-        self._config = config
-        self._binding = session.io_binding()
-        self._batch = batch
-        self.capacity = 0
-        self._buffers: list[ort.OrtValue] = []
-
-    def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions a row; what is cached stays."""
-        wanted = min(-(-length // _GRAIN) * _GRAIN, self._config["context_length"])
-        if wanted <= self.capacity:
-            return
-        shape = (self._batch, self._config["kv_heads"], wanted, self._config["head_size"])
-        grown = []
-        for i in range(2 * self._config["layers"]):
-            array = np.zeros(shape, dtype=np.float32)
-            if self._buffers:
-                array[:, :, : self.capacity] = self._buffers[i].numpy()
-            grown.append(ort.OrtValue.ortvalue_from_numpy(array))
-        self._buffers, self.capacity = grown, wanted
-
-    def forward(
-        self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], rows: Sequence[int]
-    ) -> Floats:
-        """Run ``ids`` [batch, n]; row ``b`` then has ``lengths[b]`` valid positions in its cache.
-
-        Returns:
-            Logits [len(rows), vocabulary] at the flattened positions ``rows`` of ``ids``.
-        """
-        binding, value = self._binding, ort.OrtValue.ortvalue_from_numpy
-        total = np.array(lengths.max(), dtype=np.int32)
-        binding.bind_ortvalue_input("input_ids", value(ids))
-        binding.bind_ortvalue_input("seqlens_k", value((lengths - 1).astype(np.int32)))
-        binding.bind_ortvalue_input("total_length", value(total))
-        binding.bind_ortvalue_input("rows", value(np.array(rows, dtype=np.int64)))
-        for i, buffer in enumerate(self._buffers):
-            part = f"{i // 2}.{'value' if i % 2 else 'key'}"
-            binding.bind_ortvalue_input(f"past.{part}", buffer)
-            binding.bind_ortvalue_output(f"present.{part}", buffer)
-        binding.bind_output("head.out", "cpu")
-        self._session.run_with_iobinding(binding)
-        logits: Floats = binding.get_outputs()[-1].numpy()
-        return logits
+def greedy(harness: Harness) -> Decoding:
+    """How a harness has its requests answered: what devices do, and what a gate must do."""
+    guided = harness.guided and harness.schema is not None
+    return Decoding(
+        max_tokens=harness.max_tokens,
+        grammar=schema_grammar(harness.schema or {}) if guided else None,
+    )
 
 
 class Student:
-    """A student bundle, open. One request at a time: callers hold a lock (``edge/host.py``)."""
+    """A student bundle, open. One thread at a time; answers may take turns (``edge/host.py``)."""
 
     def __init__(self, folder: Path, session: ort.InferenceSession, tokenizer: Tokenizer) -> None:
         self.folder = folder
@@ -121,10 +66,15 @@ class Student:
         self.tokenizer = tokenizer
         self.config = bundle.read_config(folder)
         self.context_length: int = self.config["context_length"]
-        self._session: ort.InferenceSession | None = session
+        self.guides = Guides(
+            folder / "tokenizer.json",
+            vocabulary=self.config["vocabulary"],
+            eos=self.config["eos"],
+        )
         self._eos = frozenset(self.config["eos"])
         self._engine = Engine(session, self.config)
-        self._cached: list[int] = []
+        self._prefixes = PrefixCache(_CACHE_BYTES)
+        self._past = PastAnswers()
 
     @classmethod
     def open(cls, folder: Path, *, threads: int = 2) -> Self:
@@ -133,16 +83,8 @@ class Student:
         Raises:
             IntegrityError: a file is missing, or the runtime cannot load the graph.
         """
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Spinning threads of one process starve every other process of a small machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = ort.InferenceSession(
-                str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"]
-            )
+            session = open_session(folder, threads=threads)
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             return cls(folder, session, tokenizer)
         except IntegrityError:
@@ -153,8 +95,8 @@ class Student:
 
     def close(self) -> None:
         """Free the session's memory; the student answers no more."""
-        self._session = None
-        del self._engine
+        self._engine.close()
+        self._prefixes = PrefixCache(0)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, up to where the answer begins."""
@@ -165,11 +107,16 @@ class Student:
         """How many tokens a chat takes before its answer."""
         return len(self.encode(messages))
 
-    def stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[Token]:
-        """Decode token by token; the end-of-answer token is not yielded.
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for; none for special tokens."""
+        return self.guides.bytes_of(token)
+
+    def begin(self, messages: Sequence[Message], decoding: Decoding) -> Run:
+        """Begin an answer; no pass is made yet.
 
         Raises:
-            ContextLengthError: before the first token, when the prompt does not fit.
+            ContextLengthError: the prompt does not fit.
+            GrammarError: the grammar cannot guide.
         """
         ids = self.encode(messages)
         room = self.context_length - len(ids)
@@ -179,207 +126,119 @@ class Student:
                 f"{self.context_length} with the answer: shorten the prompt"
             )
             raise ContextLengthError(msg)
-        return self._decode(ids, min(decoding.max_tokens, room), decoding)
+        ahead = decoding.speculate and self._engine.exact
+        head = messages[:-1]
 
-    def _decode(self, ids: list[int], limit: int, decoding: Decoding) -> Iterator[Token]:
-        """Tokens are held back while a character is incomplete, or a stop text may have begun."""
-        rng = np.random.default_rng(decoding.seed)
-        decoded: list[int] = []
-        shown, tail, held = "", "", list[Token]()
-        logits = self._prefill(ids)
-        for step in range(limit):
-            token, logprob = choose(logits, decoding.temperature, rng)
-            if token in self._eos:
-                break
-            decoded.append(token)
-            text = self.tokenizer.decode(decoded, skip_special_tokens=True)
-            # A last character that is no text yet may become some with the next token.
-            fresh, tail = text[len(shown) :], ""
-            if text.endswith(_REPLACEMENT):
-                fresh, tail = "", fresh
-            shown += fresh
-            held.append(Token(token, fresh, logprob))
-            pending = "".join(t.text for t in held)
-            cut = first_stop(pending, decoding.stop)
-            if cut is not None:
-                yield from shorten(held, cut)
-                return
-            if not tail and not may_stop(pending, decoding.stop):
-                yield from held
-                held = []
-            if step + 1 < limit:
-                logits = self._step(token)
-        if tail:  # no token follows: it is what a decoder makes of the bytes there are
-            held[-1] = replace(held[-1], text=tail)
-            cut = first_stop("".join(t.text for t in held), decoding.stop)
-            held = held if cut is None else list(shorten(held, cut))
-        yield from held
+        def prefilled(run: Run) -> None:
+            self._prefixes.keep_head(run.chat, self._head_tokens(ids), head)
 
-    def _prefill(self, ids: list[int]) -> Floats:
-        shared = 0
-        for ours, theirs in zip(self._cached, ids[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        fresh = ids[shared:]
-        self._engine.reserve(len(ids) + 1)
-        self._cached = []  # an exception on the way must not leave a prefix that is not there
-        lengths = np.array([len(ids)], dtype=np.int32)
-        logits = self._engine.forward(np.array([fresh], dtype=np.int64), lengths, [len(fresh) - 1])
-        self._cached = list(ids)
-        last: Floats = logits[0]
-        return last
+        def ended(run: Run) -> None:
+            if run.finish_reason is not None:
+                self._past.add(ids[-LEAD:], run.decoded)
+            self._prefixes.keep_latest(run.chat)
 
-    def _step(self, token: int) -> Floats:
-        self._cached.append(token)
-        length = len(self._cached)
-        self._engine.reserve(length)
-        lengths = np.array([length], dtype=np.int32)
-        logits: Floats = self._engine.forward(np.array([[token]], dtype=np.int64), lengths, [0])[0]
-        return logits
+        return Run(
+            engine=self._engine,
+            chat=self._prefixes.take(ids, self._engine.open_chat()),
+            prompt=ids,
+            limit=min(decoding.max_tokens, room),
+            decoding=decoding,
+            guide=self.guides.follow(decoding.grammar) if decoding.grammar else None,
+            guesser=Guesser(ids, self._past) if ahead else None,
+            eos=self._eos,
+            emission=Emission(self._text, decoding.stop),
+            on_prefilled=prefilled,
+            on_end=ended,
+        )
+
+    def stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[Token]:
+        """Decode token by token; the end-of-answer token is not yielded.
+
+        Raises:
+            ContextLengthError: before the first token, when the prompt does not fit.
+            GrammarError: the grammar cannot guide.
+        """
+        run = self.begin(messages, decoding)
+        try:
+            while not run.done:
+                yield from run.advance()
+        finally:
+            run.close()
 
     def answer(self, messages: Sequence[Message], decoding: Decoding) -> Answer:
         """Decode a whole answer.
 
         Raises:
             ContextLengthError: the prompt does not fit.
+            GrammarError: the grammar cannot guide.
         """
-        prompt = self.prompt_tokens(messages)
-        tokens = list(self.stream(messages, decoding))
-        room = min(decoding.max_tokens, self.context_length - prompt)
-        text = "".join(t.text for t in tokens)
+        run = self.begin(messages, decoding)
+        tokens: list[Token] = []
+        while not run.done:
+            tokens += run.advance()
         return Answer(
-            text=text,
+            text="".join(t.text for t in tokens),
             surprise=surprise(tokens),
-            finish_reason="length" if len(tokens) >= room else "stop",
-            prompt_tokens=prompt,
+            finish_reason=run.finish_reason or "stop",
+            prompt_tokens=run.prompt_tokens,
             completion_tokens=len(tokens),
         )
 
-    def answer_all(self, chats: Sequence[Sequence[Message]], max_tokens: int) -> list[Answer]:
-        """Greedy answers to many chats, decoded side by side: what the gate uses."""
-        order = sorted(range(len(chats)), key=lambda i: -self.prompt_tokens(chats[i]))
-        answers: dict[int, Answer] = {}
-        for start in range(0, len(order), _BATCH):
-            part = order[start : start + _BATCH]
-            batch = self._answer_batch([self.encode(chats[i]) for i in part], max_tokens)
-            answers.update(zip(part, batch, strict=True))
-        return [answers[i] for i in range(len(chats))]
+    def answer_all(
+        self, chats: Sequence[Sequence[Message]], max_tokens: int, grammar: str | None = None
+    ) -> list[Answer]:
+        """Greedy answers to many chats, made as a device makes them: what the gate uses.
 
-    def _answer_batch(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-        longest = max(map(len, prompts))
-        limit = min(max_tokens, self.context_length - longest)
-        if limit < 1:
-            msg = (
-                f"a prompt of {longest} tokens leaves no room in a context of {self.context_length}"
-            )
-            raise ContextLengthError(msg)
-        engine = Engine(self._live(), self.config, len(prompts))
-        engine.reserve(longest + limit)
-        ids = np.zeros((len(prompts), longest), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-        lengths = np.array([len(p) for p in prompts], dtype=np.int32)
-        logits = engine.forward(
-            ids, lengths, [r * longest + len(p) - 1 for r, p in enumerate(prompts)]
-        )
-        decoded: list[list[tuple[int, float]]] = [[] for _ in prompts]
-        alive = [True] * len(prompts)
-        for step in range(limit):
-            tokens = logits.argmax(axis=1)
-            for row, token in enumerate(tokens.tolist()):
-                if not alive[row]:
-                    continue
-                if token in self._eos:
-                    alive[row] = False
-                else:
-                    decoded[row].append((token, logprob_of(logits[row], token)))
-            if not any(alive) or step + 1 == limit:
-                break
-            lengths = lengths + 1
-            rows = range(len(prompts))
-            logits = engine.forward(tokens.astype(np.int64)[:, None], lengths, list(rows))
-        return [
-            Answer(
-                text=self.tokenizer.decode([t for t, _ in out], skip_special_tokens=True),
-                surprise=-sum(p for _, p in out) / len(out) if out else 0.0,
-                finish_reason="length" if still else "stop",
-                prompt_tokens=len(prompt),
-                completion_tokens=len(out),
-            )
-            for prompt, out, still in zip(prompts, decoded, alive, strict=True)
-        ]
+        Raises:
+            ContextLengthError: a prompt does not fit.
+            GrammarError: the grammar cannot guide.
+        """
+        decoding = Decoding(max_tokens=max_tokens, grammar=grammar)
+        return [self.answer(messages, decoding) for messages in chats]
 
     def logits(self, ids: Sequence[int], first: int) -> Floats:
         """Teacher-forced logits [len(ids) - first, vocabulary] at ``first`` and after."""
-        engine = Engine(self._live(), self.config)
-        engine.reserve(len(ids))
-        lengths = np.array([len(ids)], dtype=np.int32)
-        return engine.forward(np.array([ids], dtype=np.int64), lengths, range(first, len(ids)))
+        return self._engine.forward(self._engine.open_chat(), ids, range(first, len(ids)))
 
-    def _live(self) -> ort.InferenceSession:
-        if self._session is None:
-            msg = f"the student in {self.folder} is closed"
-            raise IntegrityError(msg)
-        return self._session
+    def warmth(self) -> Warmth:
+        """What the next student should be warmed with."""
+        answers = tuple(self._text(ids[LEAD:]) for ids in self._past)
+        return Warmth(self.harness.system, self._prefixes.heads, answers)
 
+    def warm(self, warmth: Warmth) -> None:
+        """Fill the caches with what another student's held, so that the first requests are fast.
 
-_BATCH = 16
+        Its states are of other weights and worth nothing here; its contents are read again, the
+        harness's system prompt replaced by the own one, up to some hundred tokens.
+        """
+        _ = self._engine.exact
+        own = [self._swapped(m, warmth.system) for m in warmth.heads]
+        lead = self.encode([])[-LEAD:]
+        for text in warmth.answers:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            self._past.add(lead, ids)
+        left = _WARMED
+        for head in own:
+            ids = self.tokenizer.encode(render(head, answer=False), add_special_tokens=False).ids
+            left -= len(ids)
+            if left < 0:
+                break
+            chat = self._prefixes.take(ids, self._engine.open_chat())
+            rest = ids[len(chat.ids) :]
+            for start in range(0, len(rest), SLICE):
+                part = rest[start : start + SLICE]
+                self._engine.forward(chat, part, [len(part) - 1])
+            self._prefixes.keep_head(chat, len(ids), head)
 
+    def _swapped(self, head: Sequence[Message], system: str) -> list[Message]:
+        old, new = Message("system", system), Message("system", self.harness.system)
+        return [new if m == old else m for m in head]
 
-def surprise(tokens: Sequence[Token]) -> float:
-    """Mean negative log-likelihood of decoded tokens in nats; 0 for none.
+    def _head_tokens(self, ids: list[int]) -> int:
+        """Tokens before the message that is to be answered."""
+        mark = self.tokenizer.token_to_id(IM_START)
+        starts = [i for i, token in enumerate(ids) if token == mark]
+        return starts[-2] if len(starts) > 1 else 0
 
-    >>> surprise([Token(1, "a", -0.5), Token(2, "b", -1.5)])
-    1.0
-    """
-    return -sum(t.logprob for t in tokens) / len(tokens) if tokens else 0.0
-
-
-def logprob_of(logits: Floats, token: int) -> float:
-    """Natural log of the probability of ``token`` under ``logits`` [vocabulary]."""
-    peak = float(logits.max())
-    return float(logits[token]) - peak - math.log(float(np.exp(logits - peak).sum()))
-
-
-def choose(logits: Floats, temperature: float, rng: np.random.Generator) -> tuple[int, float]:
-    """Pick a token from ``logits`` [vocabulary]; returns (id, log-probability at temperature 1)."""
-    if temperature > 0:
-        scaled = (logits - logits.max()).astype(np.float64) / temperature
-        p = np.exp(scaled)
-        token = int(rng.choice(len(p), p=p / p.sum()))
-    else:
-        token = int(logits.argmax())
-    return token, logprob_of(logits, token)
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins, or None.
-
-    >>> first_stop("one. two", [" two", "."])
-    3
-    """
-    found = [i for i in (text.find(s) for s in stops if s) if i >= 0]
-    return min(found, default=None)
-
-
-def may_stop(text: str, stops: Sequence[str]) -> bool:
-    """Whether the end of ``text`` may be the beginning of a stop text.
-
-    >>> may_stop("one.", [". "]), may_stop("one", [". "])
-    (True, False)
-    """
-    return any(text.endswith(s[:n]) for s in stops for n in range(1, len(s)))
-
-
-def shorten(tokens: Sequence[Token], length: int) -> Iterator[Token]:
-    """The first ``length`` characters of tokens, as tokens.
-
-    >>> [t.text for t in shorten([Token(1, "ab", -1.0), Token(2, "cd", -1.0)], 3)]
-    ['ab', 'c']
-    """
-    for token in tokens:
-        if length <= 0:
-            return
-        yield Token(token.id, token.text[:length], token.logprob)
-        length -= len(token.text)
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

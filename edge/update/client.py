@@ -129,6 +129,7 @@ class UpdateClient(Generic[StudentT]):
             clock=clock,
             interrupted=lambda: self._stopping or self._news() is not None,
             took=self._took,
+            unloaded=self._unloaded,
         )
         self._do = {
             Action.FETCH: self._work.fetch,
@@ -320,6 +321,13 @@ class UpdateClient(Generic[StudentT]):
         self._metrics.fetched.labels(download.kind).inc(size)
         if self._progress is not None:
             self._progress(download.kind, *self._work.sizes())
+
+    def _unloaded(self) -> None:
+        self._metrics.unloads.inc()
+        _log.warning(
+            "there is no memory for two students: the one in service was closed first, "
+            "requests wait for the new one"
+        )
 
     def _clean(self) -> None:
         try:

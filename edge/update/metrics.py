@@ -18,6 +18,7 @@ class UpdateMetrics:
     Attributes:
         fetched: bytes that came in, those thrown away included, by kind of download.
         updates: how updates ended.
+        unloads: students closed before their successors were open, for want of memory.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -35,6 +36,11 @@ class UpdateMetrics:
         )
         self.updates = Counter(
             "anabranch_updates", "Updates by how they ended", ["result"], registry=registry
+        )
+        self.unloads = Counter(
+            "anabranch_update_unloads",
+            "Students closed before their successors were open, for want of memory",
+            registry=registry,
         )
         for kind in ("delta", "file"):
             self.fetched.labels(kind)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from edge.student.runtime import Decoding
+from edge.student.runtime import Decoding, greedy
 from protos.errors import ProbeError
 from protos.prompt import Message, chat
 
@@ -64,7 +64,7 @@ def probe(
 
     Without demonstrations: working memory differs from device to device.
     """
-    decoding = Decoding(max_tokens=student.harness.max_tokens)
+    decoding = greedy(student.harness)
     equal, slowest = 0, 0.0
     for canary in canaries:
         messages = [Message(m.role, m.content) for m in canary.messages]

@@ -40,6 +40,8 @@ class Device(Generic[StudentT]):
             raises, the old one still serves.
         on_commit: called with the manifest once its student serves and every later start will
             choose it: wipe what ``learned_from`` names. It may be called again after a crash.
+        has_room: whether the bundle in a folder can be opened beside the student that serves.
+        unload: closes the student that serves; requests wait until the next ``swap``.
         rss_bytes: resident memory of this process.
         monotonic: seconds, for timing canaries.
     """
@@ -47,6 +49,8 @@ class Device(Generic[StudentT]):
     open_student: Callable[[Path], StudentT]
     swap: Callable[[StudentT], None]
     on_commit: Callable[[release_pb2.Manifest], None]
+    has_room: Callable[[Path], bool] = lambda _: True
+    unload: Callable[[], None] = lambda: None
     rss_bytes: Callable[[], int] = resident_bytes
     monotonic: Callable[[], float] = time.monotonic
 
@@ -67,6 +71,7 @@ class Work(Generic[StudentT]):
         clock: Callable[[], float],
         interrupted: Callable[[], bool],
         took: Callable[[Download, int], None],
+        unloaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.serving = serving
         self._device = device
@@ -80,6 +85,8 @@ class Work(Generic[StudentT]):
         self._took = took
         self._steps: tuple[Step, ...] = ()
         self._candidate: StudentT | None = None
+        self._tell_unloaded = unloaded
+        self._away = False  # the student that serves was unloaded to make room
 
     @property
     def has_delta(self) -> bool:
@@ -153,7 +160,7 @@ class Work(Generic[StudentT]):
         """
         manifest = self._read_manifest(record)
         self.close_candidate()
-        self._candidate = self._device.open_student(self._slots.check(record.student))
+        self._candidate = self._open(record.student)
         probed = probe(
             self._candidate,
             manifest.canaries,
@@ -187,7 +194,7 @@ class Work(Generic[StudentT]):
             IntegrityError: it is damaged.
             StorageError: the pointer cannot be written.
         """
-        self.close_candidate()
+        self._drop_candidate()
         self._put_into_service(record.base)
         if self._slots.pointer().current != record.base:
             self._slots.point(record.base, None)
@@ -206,20 +213,36 @@ class Work(Generic[StudentT]):
         self._downloads.keep_only(())
 
     def close_candidate(self) -> None:
-        """Close a student that was opened and does not serve."""
+        """Close a student that was opened and does not serve, and have one that does.
+
+        Raises:
+            IntegrityError: the one that was unloaded to make room cannot be opened again.
+        """
+        self._drop_candidate()
+        if self._away:
+            self._put_into_service(self.serving)
+
+    def _drop_candidate(self) -> None:
         if self._candidate is not None:
             candidate, self._candidate = self._candidate, None
             candidate.close()
 
+    def _open(self, student: str) -> StudentT:
+        """Open a slot beside the student that serves, or in its place where memory is short."""
+        folder = self._slots.check(student)
+        if not self._away and not self._device.has_room(folder):
+            self._device.unload()
+            self._away = True
+            self._tell_unloaded()
+        return self._device.open_student(folder)
+
     def _put_into_service(self, entry: Entry) -> None:
-        if self.serving.student != entry.student:
-            student = self._candidate
-            if student is None:
-                student = self._device.open_student(self._slots.check(entry.student))
+        if self._away or self.serving.student != entry.student:
+            student = self._candidate or self._open(entry.student)
             self._candidate = student  # closed by whoever gives up when the swap raises
             self._device.swap(student)
-            self._candidate = None
-        self.close_candidate()
+            self._candidate, self._away = None, False
+        self._drop_candidate()
         self.serving = entry
 
     def _get_manifest(self, record: Record) -> release_pb2.Manifest:

@@ -44,7 +44,11 @@ class BundleStudent(ScriptedStudent):
     """Says what is in its weights."""
 
     def answer(self, messages: Sequence[Message], decoding: Decoding) -> Answer:
-        text = "".join(t.text for t in self.stream(messages, decoding))
+        run = self.begin(messages, decoding)
+        text = ""
+        while not run.done:
+            text += "".join(t.text for t in run.advance())
+        run.close()
         return Answer(text, 0.1, "stop", 1, 1)
 
 

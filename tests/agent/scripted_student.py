@@ -16,13 +16,13 @@ from edge.host import StudentHost
 from edge.link.outbox import Outbox
 from edge.memory.store import Memory
 from edge.metrics import DeviceMetrics
-from edge.student.runtime import Token
+from edge.student.runtime import Token, Warmth
 from protos.errors import ContextLengthError
 from protos.harness import Harness
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from starlette.applications import Starlette
@@ -52,12 +52,14 @@ class ScriptedStudent:
     decodings: list[Decoding] = field(default_factory=list)
     decoded: int = 0
     closed: bool = False
+    running: int = 0
+    warmed: list[Warmth] = field(default_factory=list)
     _busy: threading.Lock = field(default_factory=threading.Lock)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         return sum(len(m.content.split()) for m in messages)
 
-    def stream(self, messages: Sequence[Message], decoding: Decoding) -> Iterator[Token]:
+    def begin(self, messages: Sequence[Message], decoding: Decoding) -> ScriptedRun:
         size = self.prompt_tokens(messages)
         if size >= self.context_length:
             msg = f"the prompt takes {size} tokens and the context holds {self.context_length}"
@@ -65,34 +67,77 @@ class ScriptedStudent:
         self.prompts.append(list(messages))
         self.decodings.append(decoding)
         limit = min(decoding.max_tokens, self.context_length - size)
-        return self._decode(self.reply(messages).split(" ")[:limit])
+        self.running += 1
+        return ScriptedRun(self, self.reply(messages).split(" "), limit, size)
 
-    def _decode(self, words: list[str]) -> Iterator[Token]:
-        assert self._busy.acquire(blocking=False), "two requests at once"
-        try:
-            for i, word in enumerate(words):
-                self.pause()
-                assert not self.closed, "a closed student was used"
-                self.decoded += 1
-                yield Token(i, word if i == 0 else f" {word}", self.logprob)
-        finally:
-            self._busy.release()
+    def bytes_of(self, token: int) -> bytes:
+        return f"<{token}>".encode()
+
+    def warmth(self) -> Warmth:
+        assert not self.closed
+        return Warmth(self.harness.system, (), (self.digest,))
+
+    def warm(self, warmth: Warmth) -> None:
+        self.warmed.append(warmth)
 
     def close(self) -> None:
-        assert not self._busy.locked(), "closed in the middle of a request"
+        assert not self.running, "closed in the middle of a request"
         self.closed = True
+
+
+class ScriptedRun:
+    """Says one word a pass."""
+
+    def __init__(
+        self, student: ScriptedStudent, words: list[str], limit: int, prompt_tokens: int
+    ) -> None:
+        self._student = student
+        self._words = words[:limit]
+        self._said = 0
+        self._open = True
+        self._last = "length" if len(words) >= limit else "stop"
+        self.prompt_tokens = prompt_tokens
+
+    @property
+    def done(self) -> bool:
+        return self._said == len(self._words)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._last if self.done else None
+
+    def advance(self) -> list[Token]:
+        assert self._student._busy.acquire(blocking=False), "two passes at once"
+        try:
+            self._student.pause()
+            assert not self._student.closed, "a closed student was used"
+            i, word = self._said, self._words[self._said]
+            self._student.decoded += 1
+            self._said += 1
+            return [Token(i, word if i == 0 else f" {word}", self._student.logprob)]
+        finally:
+            self._student._busy.release()
+
+    def close(self) -> None:
+        self._student.running -= self._open
+        self._open = False
 
 
 class Device:
     """Everything of an agent but its network: real memory, outbox and drift monitor."""
 
     def __init__(
-        self, folder: Path, student: ScriptedStudent | None = None, *, max_waiting: int = 32
+        self,
+        folder: Path,
+        student: ScriptedStudent | None = None,
+        *,
+        max_live: int = 4,
+        max_waiting: int = 32,
     ) -> None:
         self.registry = CollectorRegistry()
         self.metrics = DeviceMetrics(self.registry)
         self.student = student or ScriptedStudent()
-        self.host = StudentHost(student=self.student, max_waiting=max_waiting)
+        self.host = StudentHost(student=self.student, max_live=max_live, max_waiting=max_waiting)
         self.memory = Memory(path=folder / "memory.sqlite")
         self.outbox = Outbox(folder / "outbox.sqlite", clock=lambda: NOW)
         self.drift = DriftMonitor(config=DriftConfig())

@@ -235,6 +235,49 @@ def test_a_student_that_cannot_be_opened_fails_its_probe(world: World) -> None:
     assert agent.check() == Entry(world.digests[0], 0)
 
 
+def test_without_room_for_two_the_old_student_is_closed_before_the_new_one_opens(
+    world: World,
+) -> None:
+    world.publish(1)
+    agent = world.agent()
+    agent.room = False
+    agent.update()
+    assert agent.check() == Entry(world.digests[1], 1)
+    assert agent.most_open == 1
+    assert agent.metric("anabranch_update_unloads_total") == 1
+
+
+@pytest.mark.parametrize("hook", ["open", "swap", "wipe"])
+def test_without_room_for_two_the_old_student_comes_back_when_the_new_one_cannot_serve(
+    world: World, hook: str
+) -> None:
+    world.publish(1)
+    agent = world.agent()
+    agent.room = False
+
+    def once() -> None:
+        del agent.hooks[hook]
+        message = "no"
+        raise RuntimeError(message)
+
+    agent.hooks[hook] = once
+    agent.update()
+    assert agent.check() == Entry(world.digests[0], 0)
+    assert agent.most_open == 1
+
+
+def test_without_room_for_two_the_old_student_comes_back_when_the_release_is_withdrawn(
+    world: World,
+) -> None:
+    world.publish(1)
+    agent = world.agent()
+    agent.room = False
+    agent.hooks["open"] = lambda: agent.client.announce(0) if len(agent.opened) == 1 else None
+    agent.update()
+    assert agent.check() == Entry(world.digests[0], 0)
+    assert agent.most_open == 1
+
+
 def test_a_failed_student_is_not_tried_again_until_a_newer_release(world: World) -> None:
     world.publish(1, change=lambda m: setattr(m.bounds, "max_seconds", 0.5))
     world.agent().update()

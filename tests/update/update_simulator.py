@@ -225,6 +225,8 @@ class Agent:
         self.hooks: dict[str, Callable[[], object]] = {}
         self.registry = CollectorRegistry()
         self.rss = 1
+        self.room = True  # for a second student
+        self.most_open = 0
         self.now = 0.0
         self.slots = Slots(state / "slots")
         self.student, serving = self.slots.start(bundle=bundle, open_student=self.open)
@@ -236,6 +238,8 @@ class Agent:
                 open_student=self.open,
                 swap=self.swap,
                 on_commit=self.on_commit,
+                has_room=lambda _: self.room,
+                unload=self.unload,
                 rss_bytes=lambda: self.rss,
                 monotonic=self.monotonic,
             ),
@@ -259,12 +263,17 @@ class Agent:
     def open(self, folder: Path) -> TinyStudent:
         self.hook("open")
         self.opened.append(TinyStudent(folder))
+        self.most_open = max(self.most_open, sum(not s.closed for s in self.opened))
         return self.opened[-1]
 
     def swap(self, student: TinyStudent) -> None:
         self.hook("swap")
         old, self.student = self.student, student
         old.close()
+
+    def unload(self) -> None:
+        self.hook("unload")
+        self.student.close()
 
     def on_commit(self, manifest: release_pb2.Manifest) -> None:
         self.hook("wipe")
