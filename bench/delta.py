@@ -1,17 +1,17 @@
 """What an update of one skill costs to send: our deltas beside general tools and a LoRA.
 
 A skill is learnt by the cloud's own code (``bench/setup.py``), some four minutes on two cores, and
-once more as a LoRA of rank 16 in the same seconds. Of what was learnt two files are made: ``codes``,
-every weight rounded to the frozen scales, and ``products``, the base's codes with low-rank products
-in about ``--budget`` bytes. Each tool then makes and applies its delta in a process of its own
-(``bench/delta_tool.py``):
+once more as a LoRA of rank 16 in the same seconds. Of what was learnt two files are made:
+``codes``, every weight rounded to the frozen scales, and ``products``, the base's codes with
+low-rank products in about ``--budget`` bytes. Each tool then makes and applies its delta in a
+process of its own (``bench/delta_tool.py``):
 
 - anabranch: ours, from the base to ``products``;
 - zstd_patch, bsdiff, xdelta, full_zstd: general tools on the very same pair of files (zstd at level
   19 with a window over all of it; xdelta where it is installed);
 - anabranch_codes: ours without products, from the base to ``codes``;
-- lora16: fp16 factors. They are judged as an adapter beside fp32 weights would answer, rounded once;
-  apply_s is merging them into the device's codes.
+- lora16: fp16 factors. They are judged as an adapter beside fp32 weights would answer, rounded
+  once; apply_s is merging them into the device's codes.
 
 exact_match is the share of 100 unseen commands answered to the letter, by the file that comes out.
 ``gain_kept`` is what ``products`` gains over the base, of what ``codes`` gain. Results go to
@@ -81,7 +81,9 @@ def learn(imported: Imported, taught: skills.Material, folder: Path, tell: Tell)
             seconds = json.loads((folder / "learnt.json").read_bytes())["learn_seconds"]
             config = LearnerConfig.named("lora", steps=ANY_STEPS, budget_seconds=seconds)
         spec = setup.spec(imported, taught, config)
-        parameters, note = setup.train(spec, lambda part, name=name: tell(f"learning: {name}", part))
+        parameters, note = setup.train(
+            spec, lambda part, name=name: tell(f"learning: {name}", part)
+        )
         setup.write(folder / f"{name}.json", note | {"options": asdict(config)})
         save_file(parameters, path)
 
@@ -108,9 +110,7 @@ def bundles(imported: Imported, folder: Path, budget: int, tell: Tell) -> None:
     write_back(imported.bundle, learnt, skills.harness(), folder / CODES)
     tell("products", 0.0)
     updates = low_rank.products(imported.bundle, masters, learnt, budget=budget)
-    low_rank.write_products(
-        imported.bundle, updates, learnt, skills.harness(), folder / PRODUCTS
-    )
+    low_rank.write_products(imported.bundle, updates, learnt, skills.harness(), folder / PRODUCTS)
     delta.save_updates(updates, folder / "products.npz")
     tell("factors of the LoRA", 0.0)
     factors = lora_factors(masters, lora)
@@ -243,7 +243,7 @@ def main() -> None:
     keys = ("bytes", "make_s", "apply_s", "peak_mb", "exact_match")
     table = Table("method", *keys)
     for name, row in methods.items():
-        table.add_row(name, *(str(row.get(key, "–")) for key in keys))
+        table.add_row(name, *(str(row.get(key, "-")) for key in keys))
     Console().print(table)
 
 

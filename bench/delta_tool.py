@@ -95,9 +95,8 @@ def _lora(action: str, base: Path, target: Path, delta: Path, factors: Path) -> 
                 continue
             factor = [(arrays[f"{n}.up"], arrays[f"{n}.down"]) for n in names]
             update = np.concatenate([up.astype("f4") @ down.astype("f4") for up, down in factor])
-            end = tensor.scales + tensor.size // codec.BLOCK * 4
-            scales = weights[tensor.scales : end].view("<f4")[:, None]
-            codes = weights[tensor.offset : tensor.stop].reshape(-1, codec.BLOCK)
+            scales = weights[tensor.scales : tensor.scales_stop].view("<f4")[:, None]
+            codes = weights[tensor.offset : tensor.stop].reshape(-1, tensor.block)
             moved = codes + np.rint(update.reshape(codes.shape) / scales)
             codes[:] = np.clip(moved, 1, 255)
     weights.flush()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import zstandard
 
-from cloud.students import quantize
+from cloud.students import low_rank, quantize
 from cloud.students.export import read_tensor, tensors_of
+from edge.delta import Product
+from edge.delta.payload import pack_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,13 +24,11 @@ if TYPE_CHECKING:
 
     State = Mapping[str, torch.Tensor]
 
-_BITS = 14  # of the multiplier that a rank's product gets
-
 
 def rounded(bundle: Path, learnt: State, *, zone: float = 0.5) -> dict[str, torch.Tensor]:
     """Round to nearest, but leave a code that would move by at most ``zone`` steps."""
     found = dict(learnt)
-    for name, steps, codes, scales in _matrices(bundle, learnt):
+    for name, _, steps, codes, scales in _matrices(bundle, learnt):
         moved = np.where(np.abs(steps - codes) > zone, np.rint(steps), codes)
         found[name] = _weights(moved, scales)
     return found
@@ -44,24 +43,22 @@ def products(
         Weights on the frozen scales; bytes of the factors. Norms keep the base's values.
     """
     updates = low_rank.products(bundle, masters, learnt, budget=budget)
-    tensors = tensors_in(read_config(bundle))
-    size = sum(len(pack_factors([u], tensors)) for u in updates)
-    by_place = {u.start: u for u in updates}
-    offsets = {t.name: t.offset for t in tensors_of(bundle).values()}
+    size = sum(len(pack_factors([u], [u.tensor])) for u in updates)
+    known = {u.start: u for u in updates}
     found: dict[str, torch.Tensor] = {}
-    for name, tensor, first, codes, scales in _matrices(bundle, learnt):
+    for name, place, _, codes, scales in _matrices(bundle, learnt):
         moved = (codes + quantize.ZERO).astype(np.uint8)
-        update = by_place.get(offsets[tensor] + first * codes.shape[1])
+        update = known.get(place)
         if update is not None:
-            Product(update.factors).add(moved, scales.view(np.uint32), 0)
+            Product(update.factors, quantize.BLOCK).add(moved, scales.view(np.uint32), 0)
         found[name] = _weights(moved.astype(np.float32) - quantize.ZERO, scales)
     return found, size
 
 
 def _matrices(
     bundle: Path, learnt: State
-) -> Iterator[tuple[str, npt.NDArray[np.float32], npt.NDArray[np.float32], quantize.Scales]]:
-    """Each learnt matrix: name, weights in steps of its scales, the base's codes, scales."""
+) -> Iterator[tuple[str, int, quantize.Weights, quantize.Weights, quantize.Scales]]:
+    """Each learnt matrix: name, offset, weights in steps of its scales, base's codes, scales."""
     layout = tensors_of(bundle)
     for tensor in layout.values():
         if tensor.dtype != "uint8" or any(s not in learnt for s in tensor.sources):
@@ -72,9 +69,10 @@ def _matrices(
         for name in tensor.sources:
             weight = learnt[name].float().numpy()
             rows = slice(row, row + len(weight))
+            place = tensor.offset + row * tensor.shape[1]
             row += len(weight)
             steps = weight / np.repeat(scales[rows], quantize.BLOCK, axis=1)
-            yield name, steps, codes[rows], scales[rows]
+            yield name, place, steps, codes[rows], scales[rows]
 
 
 def _weights(codes: npt.NDArray[np.floating], scales: quantize.Scales) -> torch.Tensor:

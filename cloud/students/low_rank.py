@@ -98,7 +98,8 @@ def write_products(
     for update in updates:
         rows = slice(update.first, update.first + len(update.factors.left))
         codes = weights[update.start : update.stop].reshape(-1, update.tensor.columns)
-        delta.Product(update.factors).add(codes, _scales(weights, update.tensor)[rows], 0)
+        product = delta.Product(update.factors, update.tensor.block)
+        product.add(codes, _scales(weights, update.tensor)[rows], 0)
     weights.flush()
     shutil.rmtree(out, ignore_errors=True)
     work.replace(out)
@@ -143,7 +144,6 @@ def _rounded(
 
 
 def _scales(weights: npt.NDArray[np.uint8], tensor: delta.Tensor) -> npt.NDArray[np.uint32]:
-    """The bits of a tensor's scales, [rows, columns / 32]."""
-    stop = tensor.scales + tensor.size // delta.BLOCK * 4
-    bits: npt.NDArray[np.uint32] = weights[tensor.scales : stop].view("<u4")
+    """The bits of a tensor's scales, [rows, columns / block]."""
+    bits: npt.NDArray[np.uint32] = weights[tensor.scales : tensor.scales_stop].view("<u4")
     return bits.reshape(tensor.rows, -1)

@@ -6,10 +6,9 @@ from edge.delta.format import Header, Tensor, read_header
 from edge.delta.kept import load_updates, save_updates
 from edge.delta.layout import stretches_between, tensors_in
 from edge.delta.payload import Update
-from edge.delta.product import BLOCK, Factors, Product
+from edge.delta.product import Factors, Product
 
 __all__ = [
-    "BLOCK",
     "DeltaInfo",
     "Factors",
     "Header",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge.delta.product import BLOCK, Product
+from edge.delta.product import Product
 from protos.errors import WrongBaseError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Base:
         """Codes of the places from ``low`` to ``high`` with a product that covers them."""
         if self._product is None or self._product[0] is not update:
             self._product = None  # before another one takes memory
-            self._product = update, Product(update.factors)
+            self._product = update, Product(update.factors, update.tensor.block)
         columns = update.tensor.columns
         first, last = (low - update.start) // columns, -(-(high - update.start) // columns)
         start = update.start + first * columns
@@ -81,7 +81,7 @@ class Base:
             inside = slice(*np.searchsorted(places, (tensor.offset, tensor.stop)))
             if inside.start == inside.stop:
                 continue
-            blocks = (places[inside] - tensor.offset) // BLOCK
+            blocks = (places[inside] - tensor.offset) // tensor.block
             bits = self._raw(
                 tensor.scales + 4 * int(blocks[0]), 4 * int(blocks[-1] - blocks[0] + 1)
             )
@@ -93,7 +93,7 @@ class Base:
         return classes.astype(np.uint8), lowest
 
     def _scales(self, tensor: Tensor, first: int, rows: int) -> npt.NDArray[np.uint32]:
-        width = tensor.columns // BLOCK
+        width = tensor.columns // tensor.block
         raw = self._raw(tensor.scales + 4 * first * width, 4 * rows * width)
         return raw.view("<u4").astype(np.uint32).reshape(rows, width)
 

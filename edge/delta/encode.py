@@ -96,7 +96,9 @@ def encode(
         with base.open("rb") as old, target.open("rb") as new, AtomicFile(out) as file:
             file.write(header.pack())
             file.write(
-                b"".join(TENSOR.pack(t.offset, t.rows, t.columns, t.scales) for t in tensors)
+                b"".join(
+                    TENSOR.pack(t.offset, t.rows, t.columns, t.scales, t.block) for t in tensors
+                )
             )
             encoder = _Encoder(file, Base(old, tensors), new, tensors)
             for piece in _pieces(sizes[1], stretches, updates):

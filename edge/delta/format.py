@@ -4,7 +4,7 @@ All integers are little-endian. A delta is one header, a table of tensors, and o
 
     header     magic "ANBD" | version u16 | zero u16 | base SHA-256 | target SHA-256
                | base size u64 | target size u64 | tensors u32 | zero u32
-    tensor     offset u64 | rows u32 | columns u32 | offset of its scales u64
+    tensor     offset u64 | rows u32 | columns u32 | offset of its scales u64 | block u32
     operation  kind u32 | length u32 | base offset u64 | payload u32 | zero u32 | payload
 
 Operations give the target from its first byte to its last, ``length`` bytes each:
@@ -19,8 +19,8 @@ FACTORS    no bytes: from here on, some rows of tensors of the base are read wit
 
 The payloads are in ``edge/delta/payload.py``.
 
-A tensor is a matrix of codes, one byte each, with an fp32 scale for each 32 codes of a row. Tensors
-come in the order of their offsets and do not overlap.
+A tensor is a matrix of codes, one byte each, with an fp32 scale for each ``block`` codes of a row.
+Tensors come in the order of their offsets and do not overlap.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, BinaryIO, Self
 
 from edge.delta.files import storage_errors
-from edge.delta.product import BLOCK
 from protos.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ MAX_TENSORS = 1 << 13
 MAX_SIZE = 1 << 62
 
 HEADER = struct.Struct("<4sHH32s32sQQII")
-TENSOR = struct.Struct("<QIIQ")
+TENSOR = struct.Struct("<QIIQI")
 OPERATION = struct.Struct("<IIQII")
 
 
@@ -62,12 +61,16 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A matrix of codes in the base and where its scales are; offsets in bytes."""
+    """A matrix of codes in the base, with one fp32 scale for each ``block`` codes of a row.
+
+    ``offset`` is where its codes begin, ``scales`` where its scales do, bytes.
+    """
 
     offset: int
     rows: int
     columns: int
     scales: int
+    block: int
 
     @property
     def size(self) -> int:
@@ -79,10 +82,15 @@ class Tensor:
         """Where its codes end."""
         return self.offset + self.size
 
+    @property
+    def scales_stop(self) -> int:
+        """Where its scales end."""
+        return self.scales + self.size // self.block * 4
+
     def fits(self, base_size: int) -> bool:
         """Whether codes and scales lie in a base of that size."""
-        whole = self.columns > 0 and self.columns % BLOCK == 0 and self.rows > 0
-        return whole and max(self.stop, self.scales + self.size // BLOCK * 4) <= base_size
+        whole = self.rows > 0 < self.block <= self.columns and self.columns % self.block == 0
+        return whole and max(self.stop, self.scales_stop) <= base_size
 
 
 @dataclass(frozen=True)

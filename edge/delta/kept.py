@@ -25,10 +25,8 @@ def save_updates(updates: Sequence[Update], path: Path) -> None:
     Raises:
         StorageError: the disk is full or failed.
     """
-    numbers = [
-        (*astuple(u.tensor), u.first, u.factors.power, u.factors.fraction) for u in updates
-    ]
-    arrays = {"numbers": np.array(numbers, np.int64).reshape(-1, 7)}
+    numbers = [(*astuple(u.tensor), u.first, u.factors.power, u.factors.fraction) for u in updates]
+    arrays = {"numbers": np.array(numbers, np.int64).reshape(-1, 8)}
     for n, update in enumerate(updates):
         for name in ("left", "right", "weights"):
             arrays[f"{name}.{n}"] = getattr(update.factors, name)
@@ -47,12 +45,12 @@ def load_updates(path: Path) -> list[Update]:
         with storage_errors(f"reading {path}"), np.load(path, allow_pickle=False) as arrays:
             return [
                 Update(
-                    Tensor(*map(int, row[:4])),
-                    int(row[4]),
+                    Tensor(*map(int, row[:5])),
+                    int(row[5]),
                     Factors(
                         *(arrays[f"{name}.{n}"] for name in ("left", "right", "weights")),
-                        power=int(row[5]),
-                        fraction=int(row[6]),
+                        power=int(row[6]),
+                        fraction=int(row[7]),
                     ),
                 )
                 for n, row in enumerate(arrays["numbers"])

@@ -16,11 +16,13 @@ _SAME = ("dtype", "shape", "size")
 def tensors_in(config: Mapping[str, Any]) -> list[Tensor]:
     """The matrices of codes of a weights file, by offset; none if ``config`` lists no tensors."""
     known = {raw["name"]: raw for raw in config.get("tensors", ())}
-    found = [
-        Tensor(raw["offset"], *raw["shape"], known[f"{name}.scales"]["offset"])
-        for name, raw in known.items()
-        if raw["dtype"] == "uint8"
-    ]
+    found = []
+    for name, raw in known.items():
+        if raw["dtype"] == "uint8":
+            rows, columns = raw["shape"]
+            scales = known[f"{name}.scales"]
+            block = columns // scales["shape"][1]
+            found.append(Tensor(raw["offset"], rows, columns, scales["offset"], block))
     return sorted(found, key=lambda tensor: tensor.offset)
 
 

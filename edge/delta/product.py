@@ -29,7 +29,6 @@ import numpy.typing as npt
 
 from protos.errors import IntegrityError, InvalidInputError
 
-BLOCK = 32
 MAX_RANK = 1024
 MAX_NUMBERS = 1 << 22
 """Of all factors that are held in memory at once."""
@@ -128,40 +127,41 @@ class Factors:
 
 
 class Product:
-    """Adds factors to rows of codes."""
+    """Adds factors to rows of codes, of which each ``block`` in a row have one scale."""
 
-    def __init__(self, factors: Factors) -> None:
+    def __init__(self, factors: Factors, block: int) -> None:
         rank, columns = factors.weights.size, len(factors.right)
         self._factors = factors
-        # Block by block, [blocks, rank, 32]: products so small are computed by one thread, and the
-        # student that serves meanwhile keeps the others.
+        self._block = block
+        # Block by block, [blocks, rank, block]: products so small are computed by one thread, and
+        # the student that serves meanwhile keeps the others.
         self._right = np.ascontiguousarray(
-            factors.right.reshape(columns // BLOCK, BLOCK, rank).transpose(0, 2, 1), np.float64
+            factors.right.reshape(columns // block, block, rank).transpose(0, 2, 1), np.float64
         )
-        self._height = max(min(_TILE // columns, _ONE_THREAD // (BLOCK * rank)), 1)
-        self._dither = (np.arange(columns, dtype=np.int64) * _DITHER[1]).reshape(-1, 1, BLOCK)
+        self._height = max(min(_TILE // columns, _ONE_THREAD // (block * rank)), 1)
+        self._dither = (np.arange(columns, dtype=np.int64) * _DITHER[1]).reshape(-1, 1, block)
 
     def add(self, codes: Bytes, scales: Bits, first: int) -> None:
         """Add the product to ``codes`` in place.
 
         Args:
             codes: [n, columns], rows ``first`` to ``first + n`` of the matrix.
-            scales: the bits of their scales, [n, columns / 32].
+            scales: the bits of their scales, [n, columns / block].
             first: a row.
 
         Raises:
-            IntegrityError: a scale is no positive normal number, or too small for the factors.
+            IntegrityError: a scale is no positive normal number.
         """
         rates = _rates(scales, self._factors.power)
         for start in range(0, len(codes), self._height):
             rows = slice(start, start + self._height)
-            blocks = codes[rows].reshape(len(codes[rows]), -1, BLOCK)
+            blocks = codes[rows].reshape(len(codes[rows]), -1, self._block)
             steps = self._steps(first + start, rates[rows])
             steps += blocks.transpose(1, 0, 2)
             blocks[:] = np.clip(steps, _LOWEST, _HIGHEST, out=steps).transpose(1, 0, 2)
 
     def _steps(self, first: int, rates: Whole) -> Whole:
-        """What is added to rows from ``first`` on, [columns / 32, rows, 32]."""
+        """What is added to rows from ``first`` on, [columns / block, rows, block]."""
         fraction = self._factors.fraction
         left = self._factors.left[first : first + len(rates)]
         steps = ((left * self._factors.weights.astype(np.float64)) @ self._right).astype(np.int64)

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 ROWS, COLUMNS = 96, 64
 SCALES = ROWS * COLUMNS
 """Where the scales of the one tensor begin: behind its codes."""
-TENSOR_AT_0 = delta.Tensor(0, ROWS, COLUMNS, SCALES)
-SIZE = SCALES + ROWS * COLUMNS // delta.BLOCK * 4 + 500
+BLOCK = 32
+TENSOR_AT_0 = delta.Tensor(0, ROWS, COLUMNS, SCALES, BLOCK)
+SIZE = SCALES + ROWS * COLUMNS // BLOCK * 4 + 500
 
 
 def codes(seed: int, size: int) -> Bytes:
@@ -43,7 +44,7 @@ def nudged(base: Bytes, seed: int, share: float) -> Bytes:
 def weights(seed: int) -> Bytes:
     """A file of one tensor of codes, its scales, and some more bytes."""
     rng = np.random.default_rng(seed)
-    scales = rng.uniform(0.002, 0.02, ROWS * COLUMNS // delta.BLOCK).astype("<f4")
+    scales = rng.uniform(0.002, 0.02, ROWS * COLUMNS // BLOCK).astype("<f4")
     return np.concatenate([codes(seed, SCALES), scales.view(np.uint8), codes(seed + 1, 500)])
 
 
@@ -64,7 +65,7 @@ def added(base: Bytes, update: delta.Update) -> Bytes:
                 for a, w, b in zip(some.left[i], some.weights, some.right[j], strict=True)
             )
             row = update.first + i
-            at = SCALES + (row * COLUMNS + j) // delta.BLOCK * 4
+            at = SCALES + (row * COLUMNS + j) // BLOCK * 4
             bits = int.from_bytes(base[at : at + 4].tobytes(), "little")
             shift = some.power - (bits >> 23) + 150
             rate = min((1 << max(shift, 0)) // (bits & (1 << 23) - 1 | 1 << 23), (1 << 24) - 1)

@@ -183,7 +183,7 @@ def test_scales_tell_where_changes_are_likely(tmp_path: Path) -> None:
     base = np.concatenate([cases.codes(0, rows * columns), scales.view(np.uint8).ravel()])
     target = base.copy()
     target[: rows * columns] += (rng.random((rows, columns)) < chance).ravel()
-    tensor = delta.Tensor(0, rows, columns, rows * columns)
+    tensor = delta.Tensor(0, rows, columns, rows * columns, 32)
     cases.Case.of(tmp_path, base, target)
     files = tmp_path / "base", tmp_path / "target", tmp_path / "d"
     assert delta.encode(*files, tensors=[tensor]).size < 0.93 * delta.encode(*files).size
@@ -200,7 +200,7 @@ def test_identical_files_need_one_copy(tmp_path: Path) -> None:
 def test_a_plan_that_does_not_fit_is_refused(case: cases.Case) -> None:
     tensor = cases.TENSOR_AT_0
     some = delta.Update(tensor, 0, cases.factors(0, 10))
-    far = delta.Tensor(0, 10**6, 64, 0)
+    far = delta.Tensor(0, 10**6, 64, 0, 32)
     for options in (
         {"tensors": [far]},
         {"tensors": [tensor, tensor]},
@@ -333,7 +333,15 @@ def test_lying_numbers_are_refused_before_memory_is_taken(
 
 @pytest.mark.parametrize(
     "tensor",
-    [(0, 2**32 - 1, 2**31, 0), (0, 0, 64, 0), (0, 4, 33, 0), (0, 4, 64, 2**63), (2**63, 1, 32, 0)],
+    [
+        (0, 2**32 - 1, 2**31, 0, 32),
+        (0, 0, 64, 0, 32),
+        (0, 4, 33, 0, 32),
+        (0, 4, 64, 0, 0),
+        (0, 4, 64, 0, 128),
+        (0, 4, 64, 2**63, 32),
+        (2**63, 1, 32, 0, 32),
+    ],
 )
 def test_lying_tensors_are_refused(
     kept: cases.Case, tmp_path: Path, tensor: tuple[int, ...]

@@ -62,7 +62,7 @@ def big(tmp_path: Path) -> cases.Case:
     rows, columns = 24576, 1024
     scales = np.random.default_rng(0).uniform(0.002, 0.02, rows * columns // 32).astype("<f4")
     base = np.concatenate([cases.codes(5, rows * columns), scales.view(np.uint8)])
-    tensor = delta.Tensor(0, rows, columns, rows * columns)
+    tensor = delta.Tensor(0, rows, columns, rows * columns, 32)
     rng = np.random.default_rng(1)
     factors = [rng.integers(-127, 128, (n, 64)).astype(np.int8) for n in (rows, columns)]
     some = delta.Factors.of(*factors, np.full(64, 1e-9), 0.002)

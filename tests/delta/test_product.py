@@ -25,7 +25,9 @@ def test_codes_are_those_of_plain_integers(seed: int, first: int, rank: int) -> 
     found = base.copy()
     scales = base[cases.SCALES :][: cases.SCALES // 8].view("<u4").reshape(cases.ROWS, -1)
     rows = found[update.start : update.stop].reshape(-1, cases.COLUMNS)
-    delta.Product(update.factors).add(rows, scales[first : first + 16].astype(np.uint32), 0)
+    delta.Product(update.factors, cases.BLOCK).add(
+        rows, scales[first : first + 16].astype(np.uint32), 0
+    )
     assert (found == cases.added(base, update)).all()
     assert (found != base).any()
 
@@ -35,7 +37,7 @@ def test_rows_come_out_the_same_alone_and_together() -> None:
     base = cases.codes(2, cases.SCALES).reshape(cases.ROWS, cases.COLUMNS)
     scales = np.full((cases.ROWS, 2), 0.01, np.float32).view(np.uint32)
     together, alone = base.copy(), base.copy()
-    product = delta.Product(update)
+    product = delta.Product(update, cases.BLOCK)
     product.add(together, scales, 0)
     for row in range(cases.ROWS):
         product.add(alone[row : row + 1], scales[row : row + 1], row)
@@ -47,7 +49,9 @@ def test_a_tenth_of_a_step_moves_one_code_in_ten() -> None:
     left, right = np.full((256, 1), 100, np.int8), np.full((256, 1), 100, np.int8)
     some = delta.Factors.of(left, right, np.array([0.1 * 0.01 / 1e4]), 0.01)
     codes = np.full((256, 256), 128, np.uint8)
-    delta.Product(some).add(codes, np.full((256, 8), 0.01, np.float32).view(np.uint32), 0)
+    delta.Product(some, cases.BLOCK).add(
+        codes, np.full((256, 8), 0.01, np.float32).view(np.uint32), 0
+    )
     assert set(np.unique(codes)) == {128, 129}
     assert 0.098 < (codes == 129).mean() < 0.102
     assert np.abs((codes == 129).reshape(16, 16, 16, 16).mean(axis=(1, 3)) - 0.1).max() < 0.04
@@ -58,7 +62,9 @@ def test_codes_saturate() -> None:
     left[1] = -127
     some = delta.Factors.of(left, right, np.array([1.0]), 0.01)
     codes = np.full((2, 32), 128, np.uint8)
-    delta.Product(some).add(codes, np.full((2, 1), 0.01, np.float32).view(np.uint32), 0)
+    delta.Product(some, cases.BLOCK).add(
+        codes, np.full((2, 1), 0.01, np.float32).view(np.uint32), 0
+    )
     assert codes.tolist() == [[255] * 32, [1] * 32]
 
 
@@ -81,7 +87,7 @@ def test_scales_that_are_none_are_refused(scale: float) -> None:
     codes = np.full((1, 64), 128, np.uint8)
     scales = np.array([[0.01, scale]], np.float32).view(np.uint32)
     with pytest.raises(IntegrityError, match="scales"):
-        delta.Product(cases.factors(0, 1)).add(codes, scales, 0)
+        delta.Product(cases.factors(0, 1), cases.BLOCK).add(codes, scales, 0)
 
 
 def test_factors_out_of_bounds_are_refused() -> None:
