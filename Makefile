@@ -17,7 +17,7 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe bench-learner bench-learner-full \
-  bench-learner-speed bench-student bench-graph bench-swap bench-footprint clean
+  bench-learner-speed bench-student bench-graph bench-swap bench-footprint bench-delta clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -83,6 +83,9 @@ bench-learner: $(READY) ## Three skills in sequence, SDFT beside SFT, on the qua
 
 bench-learner-full: $(READY) $(TRL) ## Five skills, three seeds, every learner and TRL (many hours; goes on where it was)
 	$(OFFLINE) $(BIN)/python -m bench.learner --full
+
+bench-delta: $(READY) ## An update's bytes, seconds and memory beside general tools and a LoRA: build/bench/delta.json (25 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.delta
 
 bench-learner-speed: $(READY) $(TRL) ## Seconds a step and memory beside SFT and TRL (15 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.learner_speed

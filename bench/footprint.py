@@ -25,7 +25,7 @@ from rich.table import Table
 from bench import engines, setup, skills
 from protos.errors import AnabranchError
 
-FORBIDDEN = ("torch", "transformers", "river", "scipy", "pandas", "sqlalchemy")
+FORBIDDEN = ("torch", "transformers", "optimum", "onnx")
 _REST_S = 3
 _TEXTS = ("turn on the lamp", "turn off the garage light please", "set the kitchen to fifty")
 

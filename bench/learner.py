@@ -97,7 +97,11 @@ ANY_STEPS = 100_000  # a budget in seconds ends the job before
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: ``replay`` is how many earlier demonstrations a stage may see again."""
+    """What is measured.
+
+    ``replay`` is how many earlier demonstrations a stage may see again. ``rival_steps`` above 0 are
+    the steps of ``sft_anchored`` at every stage, in place of our seconds.
+    """
 
     methods: tuple[str, ...]
     skills: tuple[str, ...]
@@ -106,12 +110,17 @@ class Plan:
     tests: int = 100
     replay: int = 96
     rows: int = retention.ROWS
+    rival_steps: int = 0
 
 
-def config_of(method: str, seed: int, ours: float | None, base: LearnerConfig) -> LearnerConfig:
+def config_of(
+    method: str, seed: int, ours: float | None, base: LearnerConfig, rival_steps: int = 0
+) -> LearnerConfig:
     """Options of a method; ``ours`` are the seconds that our learner took, ``base`` its options."""
     if method in ABLATIONS:
         return replace(base, seed=seed, **ABLATIONS[method])
+    if method == "sft_anchored" and rival_steps:
+        return replace(base, method="sft", seed=seed, steps=rival_steps)
     if method == "sft_anchored":
         if ours is None:
             msg = "sft_anchored has the time that sdft took: measure sdft too, before it"
@@ -151,7 +160,13 @@ class Sequence:
                 tell(name, 0.0)
                 state, note = self._peer(stage, folder, base.steps, base.batch)
             else:
-                config = config_of(self.method, self.seed, ours[stage] if ours else None, base)
+                config = config_of(
+                    self.method,
+                    self.seed,
+                    ours[stage] if ours else None,
+                    base,
+                    self.plan.rival_steps,
+                )
                 spec = self._spec(stage, learnt, current, config)
                 state, note = setup.train(spec, partial(tell, name))
             learnt, current = folder / f"{stage}.safetensors", folder / f"{stage}"
@@ -338,6 +353,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of sdft")
     parser.add_argument("--tests", type=int, default=Plan.tests, help="requests asked a skill")
     parser.add_argument("--rows", type=int, default=Plan.rows, help="of each retention task")
+    parser.add_argument(
+        "--rival-steps",
+        type=int,
+        default=0,
+        help="steps of sft_anchored instead of our seconds: where other work shares the cores",
+    )
     parser.add_argument("--out", type=Path, help="build/bench/learner.json or learner_full.json")
     options = parser.parse_args()
     plan = Plan(
@@ -346,6 +367,7 @@ def main() -> None:
         seeds=tuple(options.seeds or ((0, 1, 2) if options.full else (0,))),
         tests=options.tests,
         rows=options.rows,
+        rival_steps=options.rival_steps,
     )
     name = "learner_full.json" if options.full else "learner.json"
     out: Path = options.out or Path("build/bench") / name

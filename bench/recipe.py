@@ -60,18 +60,18 @@ class Recipe:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     zones: tuple[float, ...] = ()
-    ranks: tuple[int, ...] = ()
+    budgets: tuple[float, ...] = ()
 
 
 RECIPES = (
-    Recipe("default", zones=(0.75,), ranks=(8, 16, 32, 64)),
-    Recipe("rank 16", {"rank": 16, "learning_rate": 1e-3}, ranks=(16,)),
+    Recipe("default", zones=(0.75,), budgets=(1.0, 1.6, 2.4)),
+    Recipe("rank 16", {"rank": 16, "learning_rate": 1e-3}, budgets=(1.6,)),
     Recipe("no anchors", {"anchor_batch": 0}),
     Recipe("half the anchors", {"anchor_batch": LearnerConfig.anchor_batch // 2}),
     Recipe("half the rate", {"learning_rate": LearnerConfig.learning_rate / 2}),
     Recipe("upper third", {"layers": (2 / 3, 1.0)}),
     Recipe("upper two thirds", {"layers": (1 / 3, 1.0)}),
-    Recipe("rank 32", {"rank": 32, "learning_rate": 1e-3}, ranks=(32,)),
+    Recipe("rank 32", {"rank": 32, "learning_rate": 1e-3}, budgets=(2.4,)),
 )
 
 
@@ -96,10 +96,10 @@ def ways(recipe: Recipe, imported: Imported, learnt: State) -> list[tuple[str, S
     for zone in recipe.zones:
         state = shipping.rounded(imported.bundle, learnt, zone=zone)
         made.append((f"codes, dead zone {zone}", state, None))
-    masters = load_file(imported.masters / "model.safetensors") if recipe.ranks else {}
-    for rank in recipe.ranks:
-        state, size = shipping.low_rank(imported.bundle, masters, learnt, rank)
-        made.append((f"integer factors of rank {rank}", state, size))
+    masters = load_file(imported.masters / "model.safetensors") if recipe.budgets else {}
+    for budget in recipe.budgets:
+        state, size = shipping.products(imported.bundle, masters, learnt, int(budget * 1e6))
+        made.append((f"integer products in {budget} MB", state, size))
     return made
 
 

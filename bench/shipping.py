@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import zstandard
 
-from cloud.students import quantize
+from cloud.students import low_rank, quantize
 from cloud.students.export import read_tensor, tensors_of
+from edge.delta import Product
+from edge.delta.payload import pack_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,61 +24,41 @@ if TYPE_CHECKING:
 
     State = Mapping[str, torch.Tensor]
 
-_BITS = 14  # of the multiplier that a rank's product gets
-
 
 def rounded(bundle: Path, learnt: State, *, zone: float = 0.5) -> dict[str, torch.Tensor]:
     """Round to nearest, but leave a code that would move by at most ``zone`` steps."""
     found = dict(learnt)
-    for name, steps, codes, scales in _matrices(bundle, learnt):
+    for name, _, steps, codes, scales in _matrices(bundle, learnt):
         moved = np.where(np.abs(steps - codes) > zone, np.rint(steps), codes)
         found[name] = _weights(moved, scales)
     return found
 
 
-def low_rank(
-    bundle: Path, masters: State, learnt: State, rank: int
+def products(
+    bundle: Path, masters: State, learnt: State, budget: int
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The update's best approximation of ``rank``, multiplied in integers and added to the codes.
-
-    The factors are int8, a rank's product has an integer multiplier, and one division by the
-    block's scale and a rounding remain: the same codes on every machine. Norms keep their values.
+    """The base's codes with low-rank products in some ``budget`` bytes (``cloud.students``).
 
     Returns:
-        Weights on the frozen scales; bytes of the factors after zstd.
+        Weights on the frozen scales; bytes of the factors. Norms keep the base's values.
     """
-    torch.manual_seed(0)  # svd_lowrank draws
-    found: dict[str, torch.Tensor] = {}  # norms stay as the base has them
-    sent = bytearray()
-    for name, _, codes, scales in _matrices(bundle, learnt):
-        update = learnt[name].double() - masters[name].double()
-        left, size, right = torch.svd_lowrank(update, q=min(rank + 8, *update.shape), niter=4)
-        root = size[:rank].sqrt()
-        up, up_scale = _int8((left[:, :rank] * root).numpy(), axis=0)
-        down, down_scale = _int8((right[:, :rank] * root).numpy(), axis=0)
-        factor = up_scale * down_scale
-        unit = factor.max() / (1 << _BITS)
-        multipliers = np.rint(factor / unit)
-        # Sums stay far below 2**53: in float64 this product of integers is exact.
-        product = (up * multipliers) @ down.T
-        blocks = np.repeat(scales.astype(np.float64), codes.shape[1] // scales.shape[1], axis=1)
-        found[name] = _weights(codes + np.rint(product * unit / blocks), scales)
-        sent += up.astype(np.int8).tobytes() + down.astype(np.int8).tobytes()
-        sent += multipliers.astype(np.int16).tobytes() + np.float64(unit).tobytes()
-    return found, len(zstandard.ZstdCompressor(level=19).compress(bytes(sent)))
-
-
-def _int8(
-    factor: npt.NDArray[np.float64], axis: int
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    scale = np.maximum(np.abs(factor).max(axis=axis), 1e-30) / 127
-    return np.rint(factor / scale), scale
+    updates = low_rank.products(bundle, masters, learnt, budget=budget)
+    size = sum(len(pack_factors([u], [u.tensor])) for u in updates)
+    known = {u.start: u for u in updates}
+    found: dict[str, torch.Tensor] = {}
+    for name, place, _, codes, scales in _matrices(bundle, learnt):
+        moved = (codes + quantize.ZERO).astype(np.uint8)
+        update = known.get(place)
+        if update is not None:
+            Product(update.factors, quantize.BLOCK).add(moved, scales.view(np.uint32), 0)
+        found[name] = _weights(moved.astype(np.float32) - quantize.ZERO, scales)
+    return found, size
 
 
 def _matrices(
     bundle: Path, learnt: State
-) -> Iterator[tuple[str, npt.NDArray[np.float32], npt.NDArray[np.float32], quantize.Scales]]:
-    """Each learnt matrix: name, weights in steps of its scales, the base's codes, scales."""
+) -> Iterator[tuple[str, int, quantize.Weights, quantize.Weights, quantize.Scales]]:
+    """Each learnt matrix: name, offset, weights in steps of its scales, base's codes, scales."""
     layout = tensors_of(bundle)
     for tensor in layout.values():
         if tensor.dtype != "uint8" or any(s not in learnt for s in tensor.sources):
@@ -88,12 +69,13 @@ def _matrices(
         for name in tensor.sources:
             weight = learnt[name].float().numpy()
             rows = slice(row, row + len(weight))
+            place = tensor.offset + row * tensor.shape[1]
             row += len(weight)
-            steps = weight / np.repeat(scales[rows], codes.shape[1] // scales.shape[1], axis=1)
-            yield name, steps, codes[rows], scales[rows]
+            steps = weight / np.repeat(scales[rows], quantize.BLOCK, axis=1)
+            yield name, place, steps, codes[rows], scales[rows]
 
 
 def _weights(codes: npt.NDArray[np.floating], scales: quantize.Scales) -> torch.Tensor:
-    blocks = np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
+    blocks = np.repeat(scales, quantize.BLOCK, axis=1)
     kept = np.clip(codes, -127, 127).astype(np.float32)
     return torch.from_numpy(kept * blocks)

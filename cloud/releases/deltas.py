@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 
 from cloud.db import read, write
 from cloud.releases.tables import DeltaRow
-from edge.delta import encode
+from edge import delta
 from edge.delta.files import storage_errors
 from protos.errors import IntegrityError
 from protos.v1 import release_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from sqlalchemy import Engine
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from cloud.releases.blobs import Blobs
 
 _BLOCK = 1 << 20
+_UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
 
 class DeltaStore:
@@ -30,8 +33,21 @@ class DeltaStore:
         self._blobs = blobs
         self._engine = engine
 
-    def between(self, base_sha256: str, target_sha256: str) -> release_pb2.Delta | None:
+    def between(
+        self,
+        base_sha256: str,
+        target_sha256: str,
+        *,
+        base_layout: Mapping[str, Any] = _UNKNOWN,
+        target_layout: Mapping[str, Any] = _UNKNOWN,
+    ) -> release_pb2.Delta | None:
         """The delta that turns one weights file into another, from the cache or built now.
+
+        Args:
+            base_sha256: the file that a device has.
+            target_sha256: the file that it should have.
+            base_layout: the base's ``student.json``, if it is known: it makes the delta smaller.
+            target_layout: the target's: tensors at other places are found.
 
         Returns:
             None when the delta is no smaller than the compressed target.
@@ -41,7 +57,7 @@ class DeltaStore:
             StorageError: the disk is full or failed.
         """
         sha256, size = self._cached(base_sha256, target_sha256) or self._build(
-            base_sha256, target_sha256
+            base_sha256, target_sha256, base_layout, target_layout
         )
         if not sha256:
             return None
@@ -60,13 +76,25 @@ class DeltaStore:
                 return None  # damaged or gone: it is built again
         return known
 
-    def _build(self, base_sha256: str, target_sha256: str) -> tuple[str, int]:
+    def _build(
+        self,
+        base_sha256: str,
+        target_sha256: str,
+        base_layout: Mapping[str, Any],
+        target_layout: Mapping[str, Any],
+    ) -> tuple[str, int]:
         base, target = self._blobs.path(base_sha256), self._blobs.path(target_sha256)
         made = self._blobs.temporary()
         self._blobs.check(base_sha256)
         self._blobs.check(target_sha256)
         try:
-            size = encode(base, target, made).size
+            size = delta.encode(
+                base,
+                target,
+                made,
+                tensors=delta.tensors_in(base_layout),
+                stretches=delta.stretches_between(base_layout, target_layout),
+            ).size
             pays = _compressed_exceeds(target, size)
             sha256 = self._blobs.put(made).sha256 if pays else ""
         finally:

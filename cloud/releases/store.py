@@ -7,11 +7,12 @@ the next attempt finds and uses.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Gauge
 from sqlalchemy import func, select
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-WEIGHTS = "weights.bin"
+WEIGHTS, LAYOUT = "weights.bin", "student.json"
 _DELTA_BASES = 2
 
 
@@ -286,17 +287,30 @@ class ReleaseStore:
     def _build_deltas(
         self, channel: str, bases: Iterable[int], files: Iterable[bundles.BundleFile]
     ) -> list[release_pb2.Delta]:
-        target = next(f.sha256 for f in files if f.name == WEIGHTS)
+        shas = {f.name: f.sha256 for f in files}
+        target, layout = shas[WEIGHTS], self._layout(shas[LAYOUT])
         deltas: dict[str, release_pb2.Delta | None] = {target: None}
         for version in dict.fromkeys(bases):
             try:
-                base = _weights(self.release(channel, version).manifest)
+                old = {f.name: f.sha256 for f in self.release(channel, version).manifest.files}
+                base = old[WEIGHTS]
                 if base not in deltas:
-                    deltas[base] = self._deltas.between(base, target)
+                    before = self._layout(old[LAYOUT])
+                    deltas[base] = self._deltas.between(
+                        base, target, base_layout=before, target_layout=layout
+                    )
             except IntegrityError:
                 # Damage to an old release must not stop new ones; the full file still works.
                 _log.exception("no delta from release %d of channel %s", version, channel)
         return [delta for delta in deltas.values() if delta is not None]
+
+    def _layout(self, sha256: str) -> dict[str, Any]:
+        """What a ``student.json`` says; nothing if it is none that this program understands."""
+        try:
+            layout = json.loads(self.blobs.path(sha256).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return layout if isinstance(layout, dict) else {}
 
     def _commit(self, row: ReleaseRow, manifest: release_pb2.Manifest) -> None:
         kinds = dict.fromkeys((d.sha256 for d in manifest.deltas), "delta")
@@ -357,10 +371,6 @@ class ReleaseStore:
         if release is not None:
             self._delta_gauge.labels(release.channel).set(release.delta_bytes)
             self._full_gauge.labels(release.channel).set(release.full_bytes)
-
-
-def _weights(manifest: release_pb2.Manifest) -> str:
-    return next(f.sha256 for f in manifest.files if f.name == WEIGHTS)
 
 
 def _is_whole(folder: Path, manifest: release_pb2.Manifest) -> bool:

@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
 """Suffix of what is not finished: whoever finds it after a crash may delete it."""
+_BLOCK = 1 << 20
 
 
 @contextmanager
@@ -67,21 +68,45 @@ def set_aside(path: Path, why: str) -> Path:
 class AtomicFile:
     """A file that gets its name only at :meth:`commit`; otherwise nothing of it is left.
 
+    Only a kill leaves it under its temporary name. With ``resume`` it is then opened as it is, and
+    what is written is appended: whoever goes on must check what was there.
+
     Use it in a ``with`` block. Every failure of the disk is a :class:`StorageError`.
     """
 
-    def __init__(self, path: Path, *, fsync: bool = True) -> None:
+    def __init__(self, path: Path, *, fsync: bool = True, resume: bool = False) -> None:
         self._path = path
         self._fsync = fsync
+        self._resume = resume
         self._temporary = path.with_name(path.name + TEMPORARY)
         self._descriptor = -1
         self._committed = False
 
     def __enter__(self) -> Self:
         with storage_errors(f"creating {self._temporary}"):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            flags = os.O_RDWR | os.O_CREAT | (0 if self._resume else os.O_TRUNC)
             self._descriptor = os.open(self._temporary, flags, 0o644)
+            os.lseek(self._descriptor, 0, os.SEEK_END)
         return self
+
+    @property
+    def size(self) -> int:
+        """Bytes that it has."""
+        with storage_errors(f"reading {self._temporary}"):
+            return os.fstat(self._descriptor).st_size
+
+    def read(self) -> Iterator[bytes]:
+        """All bytes that it has, in blocks."""
+        with storage_errors(f"reading {self._temporary}"):
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            while block := os.read(self._descriptor, _BLOCK):
+                yield block
+
+    def truncate(self, size: int) -> None:
+        """Forget what there is after ``size`` bytes."""
+        with storage_errors(f"writing {self._temporary}"):
+            os.ftruncate(self._descriptor, size)
+            os.lseek(self._descriptor, size, os.SEEK_SET)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append all of ``data``."""
@@ -89,13 +114,6 @@ class AtomicFile:
         with storage_errors(f"writing {self._temporary}"):
             while view:
                 view = view[os.write(self._descriptor, view) :]
-
-    def write_at(self, data: bytes, offset: int) -> None:
-        """Overwrite bytes written before, from ``offset`` on."""
-        with storage_errors(f"writing {self._temporary}"):
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            self.write(data)
-            os.lseek(self._descriptor, 0, os.SEEK_END)
 
     def commit(self) -> None:
         """Make the content durable, then give it its name."""

@@ -1,31 +1,34 @@
-"""The delta format "ANBD", version 1.
+"""The delta format "ANBD", version 2.
 
-All integers are little-endian. A delta is one header and then its regions::
+All integers are little-endian. A delta is one header, a table of tensors, and operations::
 
-    header   magic "ANBD" | version u16 | zero u16 | base SHA-256 | target SHA-256
-             | size u64 | regions u32 | changed bytes u64
-    region   offset u64 | length u32 | changed u32 | escapes u32
-             | size of the mask u32 | of the steps u32 | of the escapes u32
-             | mask | steps | escapes
+    header     magic "ANBD" | version u16 | zero u16 | base SHA-256 | target SHA-256
+               | base size u64 | target size u64 | tensors u32 | zero u32
+    tensor     offset u64 | rows u32 | columns u32 | offset of its scales u64 | block u32
+    operation  kind u32 | length u32 | base offset u64 | payload u32 | zero u32 | payload
 
-Base and target have one size; the target is the base with bytes of the regions changed. A region
-is at most :data:`MAX_REGION` bytes, regions come in order and do not overlap, and what lies between
-them costs nothing. Its three parts are zstd frames of known size:
+Operations give the target from its first byte to its last, ``length`` bytes each:
 
-* the mask: one bit for each byte of the region, most significant bit first: is it changed?
-* the steps: two bits for each changed byte, low bits first: 1 is +1, 2 is -1, 0 is an escape;
-* the escapes: target minus base modulo 256 of the changed bytes that did neither.
+=========  ======================================================================================
+COPY       bytes of the base; no payload
+CODES      bytes of the base of which some change; at most :data:`MAX_REGION`
+FRESH      new bytes: the payload is a zstd frame of them; at most :data:`MAX_REGION`
+FACTORS    no bytes: from here on, some rows of tensors of the base are read with low-rank products
+           added (``edge/delta/product.py``); those of an earlier FACTORS no more
+=========  ======================================================================================
 
-Almost all changed codes of a quantized tensor move by one step at places that look random. On 53
-million codes of which 15% moved, places and steps apart came to 5.3 MB where the entropy is 5.2 MB;
-two bits for every place 5.5 MB; zstd of the plain differences 9.5 MB.
+The payloads are in ``edge/delta/payload.py``.
+
+A tensor is a matrix of codes, one byte each, with an fp32 scale for each ``block`` codes of a row.
+Tensors come in the order of their offsets and do not overlap.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from edge.delta.files import storage_errors
 from protos.errors import IntegrityError
@@ -34,100 +37,121 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAGIC = b"ANBD"
-VERSION = 1
-MAX_REGION = 4 << 20
-"""Bytes of one region: what bounds the memory of both ends (about six times this)."""
+VERSION = 2
+MAX_REGION = 2 << 20
+"""Bytes of one region: what bounds the memory of both ends."""
+MAX_PAYLOAD = 5 << 20
+"""Bytes of what an operation carries: factors that do not compress at all, and their heads."""
+MAX_TENSORS = 1 << 13
+MAX_SIZE = 1 << 62
 
-HEADER = struct.Struct("<4sHH32s32sQIQ")
-REGION = struct.Struct("<QIIIIII")
+HEADER = struct.Struct("<4sHH32s32sQQII")
+TENSOR = struct.Struct("<QIIQI")
+OPERATION = struct.Struct("<IIQII")
+
+
+class Kind(IntEnum):
+    """What an operation does."""
+
+    COPY = 1
+    CODES = 2
+    FRESH = 3
+    FACTORS = 4
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A matrix of codes in the base, with one fp32 scale for each ``block`` codes of a row.
+
+    ``offset`` is where its codes begin, ``scales`` where its scales do, bytes.
+    """
+
+    offset: int
+    rows: int
+    columns: int
+    scales: int
+    block: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of its codes."""
+        return self.rows * self.columns
+
+    @property
+    def stop(self) -> int:
+        """Where its codes end."""
+        return self.offset + self.size
+
+    @property
+    def scales_stop(self) -> int:
+        """Where its scales end."""
+        return self.scales + self.size // self.block * 4
+
+    def fits(self, base_size: int) -> bool:
+        """Whether codes and scales lie in a base of that size."""
+        whole = self.rows > 0 < self.block <= self.columns and self.columns % self.block == 0
+        return whole and max(self.stop, self.scales_stop) <= base_size
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a delta says of itself; digests are lower-case hex, ``size`` is of either, bytes."""
+    """What a delta says of itself; digests are lower-case hex, sizes in bytes."""
 
     base_sha256: str
     target_sha256: str
-    size: int
-    regions: int
-    changed_bytes: int
+    base_size: int
+    target_size: int
+    tensors: int
 
     def pack(self) -> bytes:
         """The header's bytes."""
-        return HEADER.pack(
-            MAGIC,
-            VERSION,
-            0,
-            bytes.fromhex(self.base_sha256),
-            bytes.fromhex(self.target_sha256),
-            self.size,
-            self.regions,
-            self.changed_bytes,
-        )
+        digests = bytes.fromhex(self.base_sha256), bytes.fromhex(self.target_sha256)
+        return HEADER.pack(MAGIC, VERSION, 0, *digests, *astuple(self)[2:], 0)
 
 
 @dataclass(frozen=True)
-class Region:
-    """The head of one region; the last three fields are sizes of compressed parts, in bytes."""
+class Operation:
+    """The head of an operation; ``payload`` are the bytes that follow it."""
 
-    offset: int
+    kind: Kind
     length: int
-    changed: int
-    escapes: int
-    mask_size: int
-    steps_size: int
-    escapes_size: int
+    base: int
+    payload: int
 
     def pack(self) -> bytes:
         """The head's bytes."""
-        return REGION.pack(
-            self.offset,
-            self.length,
-            self.changed,
-            self.escapes,
-            self.mask_size,
-            self.steps_size,
-            self.escapes_size,
-        )
+        return OPERATION.pack(self.kind, self.length, self.base, self.payload, 0)
 
-    def check(self, *, start: int, header: Header) -> None:
-        """Check every number against the format's bounds, before any memory is taken.
+    @classmethod
+    def take(cls, file: BinaryIO, *, made: int, header: Header) -> Self:
+        """Read a head and check every number against its bounds, before any memory is taken.
 
         Args:
-            start: where the region before this one ended.
-            header: the header of the delta.
+            file: a delta.
+            made: how much of the target the operations before gave.
+            header: the delta's.
 
         Raises:
-            IntegrityError: a number is out of bounds.
+            IntegrityError: a number is out of bounds, or the file ends.
         """
-        right = (
-            start <= self.offset
-            and 0 < self.length <= MAX_REGION
-            and self.offset + self.length <= header.size
-            and 0 < self.changed <= self.length
-            and self.escapes <= self.changed
-            and self.mask_size <= _bound(mask_bytes(self.length))
-            and self.steps_size <= _bound(steps_bytes(self.changed))
-            and self.escapes_size <= _bound(self.escapes)
+        kind, length, base, payload, zero = OPERATION.unpack(
+            take(file, OPERATION.size, "an operation's head")
+        )
+        from_base = base + length <= header.base_size and payload <= MAX_PAYLOAD
+        bounded = 0 < length <= MAX_REGION and made + length <= header.target_size
+        right = zero == 0 and (
+            (kind == Kind.COPY and from_base and payload == 0 < length <= header.target_size - made)
+            or (kind == Kind.CODES and from_base and bounded)
+            or (kind == Kind.FRESH and bounded and base == 0 and payload <= MAX_PAYLOAD)
+            or (kind == Kind.FACTORS and base == length == 0 and payload <= MAX_PAYLOAD)
         )
         if not right:
-            msg = f"delta: a region's numbers are out of bounds: {self}; fetch the delta again"
+            msg = (
+                f"delta: an operation's numbers are out of bounds: kind {kind}, {length} bytes at "
+                f"{base} with {payload} bytes; fetch the delta again"
+            )
             raise IntegrityError(msg)
-
-
-def mask_bytes(length: int) -> int:
-    """Bytes of the unpacked mask of a region of ``length`` bytes."""
-    return (length + 7) // 8
-
-
-def steps_bytes(changed: int) -> int:
-    """Bytes of the unpacked steps of ``changed`` bytes."""
-    return (changed + 3) // 4
-
-
-def _bound(raw: int) -> int:
-    """The most bytes that zstd makes of ``raw`` bytes."""
-    return raw + (raw >> 7) + 128
+        return cls(Kind(kind), length, base, payload)
 
 
 def take(file: BinaryIO, size: int, what: str) -> bytes:
@@ -145,10 +169,10 @@ def take(file: BinaryIO, size: int, what: str) -> bytes:
 
 def take_header(file: BinaryIO) -> Header:
     """Read and check the header at the start of ``file``."""
-    magic, version, zero, base, target, size, regions, changed = HEADER.unpack(
+    magic, version, zero, base, target, *numbers, last = HEADER.unpack(
         take(file, HEADER.size, "its header")
     )
-    if magic != MAGIC or zero != 0:
+    if magic != MAGIC or zero != 0 or (version == VERSION and last != 0):
         msg = "delta: this is no ANBD file; fetch the delta again"
         raise IntegrityError(msg)
     if version != VERSION:
@@ -157,10 +181,23 @@ def take_header(file: BinaryIO) -> Header:
             "update this program or fetch the full file"
         )
         raise IntegrityError(msg)
-    if not regions <= changed <= size:
-        msg = f"delta: {regions} regions cannot change {changed} of {size} bytes"
+    header = Header(base.hex(), target.hex(), *numbers)
+    if header.tensors > MAX_TENSORS or max(header.base_size, header.target_size) > MAX_SIZE:
+        msg = f"delta: its header is out of bounds: {header}; fetch the delta again"
         raise IntegrityError(msg)
-    return Header(base.hex(), target.hex(), size, regions, changed)
+    return header
+
+
+def take_tensors(file: BinaryIO, header: Header) -> list[Tensor]:
+    """Read and check the table of tensors, which follows the header."""
+    raw = take(file, header.tensors * TENSOR.size, "its table of tensors")
+    tensors = [Tensor(*numbers) for numbers in TENSOR.iter_unpack(raw)]
+    stops = [0, *(t.stop for t in tensors)]
+    for tensor, before in zip(tensors, stops, strict=False):
+        if tensor.offset < before or not tensor.fits(header.base_size):
+            msg = f"delta: {tensor} is out of bounds; fetch the delta again"
+            raise IntegrityError(msg)
+    return tensors
 
 
 def read_header(path: Path) -> Header:

@@ -1,1 +1,1 @@
-"""Drift: three signals, sequential tests, one vote."""
+"""Drift: three signals, River detectors, one vote."""

@@ -1,20 +1,26 @@
-"""One signal's detectors: Page's one-sided CUSUM over differences to a known reference.
+"""One signal's detectors: River's Page-Hinkley test, kept to the direction of harm.
 
-It is what River's ``PageHinkley(mode="up")`` does where its running mean is held at zero, without
-the 85 MB of memory and the seconds that importing River costs a device (docs/adr/0011).
+River's test subtracts its own running mean, which would follow the very change that it should
+find. So it is given differences to a known reference and an imagined past of zeros, which holds
+its running mean still; what is left is Page's one-sided CUSUM.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib.util
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge.drift.baseline import Baseline
 
+_IMAGINED_PAST = 2000  # observations; two hundred real ones move its mean by less than a tenth
 _RECENT = 20
 
 
@@ -37,29 +43,17 @@ class Limits:
     level: float = 5.0
 
 
-class Cusum:
-    """Page's one-sided cumulative sum: finds that a mean of zero has become larger.
+class Test(Protocol):
+    """What is used of a detector of River."""
 
-    E. S. Page, Continuous Inspection Schemes, Biometrika 41 (1954).
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the last update found a change."""
+        ...
 
-    Args:
-        slack: what each value may exceed zero by for ever.
-        threshold: of the sum of what exceeds that.
-
-    >>> test = Cusum(slack=0.5, threshold=2.0)
-    >>> [test.update(x) for x in (0.0, 1.0, 1.0, 2.0)]
-    [False, False, False, True]
-    """
-
-    def __init__(self, *, slack: float, threshold: float) -> None:
-        self._slack = slack
-        self._threshold = threshold
-        self._sum = 0.0
-
-    def update(self, value: float) -> bool:
-        """Take one value; tell whether the sum is over the threshold."""
-        self._sum = max(0.0, self._sum + value - self._slack)
-        return self._sum > self._threshold
+    def update(self, x: float) -> None:
+        """Take one value."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,26 +93,62 @@ class Detector:
 
     def rearm(self) -> None:
         """Start to count from zero, with the same normal."""
-        limits = self._limits
-        self._shift: Cusum | None = Cusum(slack=limits.slack, threshold=limits.shift)
-        self._level: Cusum | None = None
-        if limits.expected is not None:
-            self._level = Cusum(slack=limits.margin, threshold=limits.level)
+        self._shift: Test | None = _cusum(self._limits.slack, self._limits.shift)
+        self._level: Test | None = None
+        if self._limits.expected is not None:
+            self._level = _cusum(self._limits.margin, self._limits.level)
         self._calm = True
 
     def observe(self, value: float) -> Fired | None:
         """Take one observation of the signal."""
         self._recent.append(value)
-        level, expected = self._level, self._limits.expected
-        if level is not None and expected is not None and level.update(value - expected):
-            self._shift = self._level = None
-            self._calm = False
-            return Fired(decisive=True)
+        if self._level is not None and self._limits.expected is not None:
+            self._level.update(value - self._limits.expected)
+            if self._level.drift_detected:
+                self._shift = self._level = None
+                self._calm = False
+                return Fired(decisive=True)
         excess = self._baseline.excess(value)
         if self._calm:
             self._baseline.push(value)
-        if self._shift is not None and excess is not None and self._shift.update(excess):
-            self._shift = None
-            self._calm = False
-            return Fired(decisive=False)
+        if self._shift is not None and excess is not None:
+            self._shift.update(excess)
+            if self._shift.drift_detected:
+                self._shift = None
+                self._calm = False
+                return Fired(decisive=False)
         return None
+
+
+def _cusum(slack: float, threshold: float) -> Test:
+    return copy.deepcopy(_primed(slack, threshold))
+
+
+@functools.cache
+def _primed(slack: float, threshold: float) -> Test:
+    test: Test = _page_hinkley()(
+        min_instances=1, delta=slack, threshold=threshold, alpha=1.0, mode="up"
+    )
+    for _ in range(_IMAGINED_PAST):
+        test.update(0.0)
+    return test
+
+
+@functools.cache
+def _page_hinkley() -> Any:  # noqa: ANN401 - River has no types
+    """River's ``PageHinkley``, out of its one file.
+
+    The package around it imports every detector, and scipy.stats, pandas and SQLAlchemy with them:
+    85 MB more at rest, and seconds of a device's start.
+    """
+    package = importlib.util.find_spec("river")
+    folders = package.submodule_search_locations if package else None
+    path = Path(folders[0] if folders else "") / "drift" / "page_hinkley.py"
+    spec = importlib.util.spec_from_file_location(f"{__name__}.page_hinkley", path)
+    if path.is_file() and spec and spec.loader:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.PageHinkley
+    from river.drift import PageHinkley  # noqa: PLC0415 - a River that is laid out otherwise
+
+    return PageHinkley

@@ -3,7 +3,7 @@
 ::
 
     STATE/slots/<digest>/      a whole bundle, named by its digest
-    STATE/slots/<digest>.tmp/  one that is being made; deleted at the next start
+    STATE/slots/<digest>.tmp/  one that is being made; after a kill, it is gone on with
     STATE/slots/pointer.json   the current and the previous student, with their releases
 
 The pointer moves by a rename, so that it names the old or the new student at any moment. Files of a
@@ -117,7 +117,8 @@ class Slots:
         """Make a slot: each maker writes the file of its name to the path that it is given.
 
         The slot appears whole and with the right digest, or not at all; a damaged one of the same
-        name is replaced.
+        name is replaced. A maker finds what it left behind when it was killed, so that it can go
+        on; files that were finished are made again.
 
         Raises:
             IntegrityError: the files do not make ``student``.
@@ -126,11 +127,12 @@ class Slots:
         folder = self.folder(student)
         temporary = folder.with_name(folder.name + TEMPORARY)
         with storage_errors(f"making the slot {folder}"):
-            shutil.rmtree(temporary, ignore_errors=True)
             try:
-                temporary.mkdir()
+                temporary.mkdir(exist_ok=True)
                 for name in FILES:
+                    (temporary / name).unlink(missing_ok=True)
                     makers[name](temporary / name)
+                    (temporary / (name + TEMPORARY)).unlink(missing_ok=True)
                 found = digest(temporary)
                 if found != student:
                     msg = f"the new slot came out as {found}, not as {student}; fetch it again"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from functools import partial
 from itertools import product
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from river.drift import PageHinkley
+from river import drift
 
-from edge.drift import settle
+from edge.drift import detector, settle
 from edge.drift.baseline import LevelBaseline, RateBaseline
-from edge.drift.detector import Cusum, Detector, Fired, Limits
+from edge.drift.detector import Detector, Fired, Limits
 from edge.drift.vote import CORRECTION, SCHEMA, SIGNALS, SURPRISE, Ballot, Kind, Vote, tally
 
 
@@ -182,28 +184,22 @@ def test_a_restarted_detector_has_forgotten_what_was_normal() -> None:
     assert (detector.baseline, detector.recent) == (None, None)
 
 
-@given(
-    st.lists(st.floats(-3, 3), max_size=60),
-    st.sampled_from((0.0, 0.35, 0.5)),
-    st.sampled_from((1.0, 4.0, 7.0)),
-)
-def test_the_cumulative_sum_says_what_rivers_page_hinkley_says(
-    values: list[float], slack: float, threshold: float
-) -> None:
-    """River subtracts its own running mean, which an imagined past of zeros holds still."""
-    ours = Cusum(slack=slack, threshold=threshold)
-    theirs: Any = PageHinkley(
-        min_instances=1, delta=slack, threshold=threshold, alpha=1.0, mode="up"
+def test_a_device_loads_of_river_its_one_test_only() -> None:
+    program = (
+        "import sys, edge.drift.detector as d; d._cusum(0.5, 1.0);"
+        "print({'scipy.stats', 'pandas', 'sqlalchemy'} & set(sys.modules))"
     )
-    theirs._x_mean.update(0.0, 10**12)
-    theirs.update(0.0)
-    total = 0.0
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "set()"
+
+
+@given(st.lists(st.floats(-3, 3), max_size=60))
+def test_that_test_says_what_rivers_package_says(values: list[float]) -> None:
+    settings: dict[str, Any] = {"min_instances": 1, "delta": 0.5, "threshold": 3.0, "mode": "up"}
+    ours, theirs = detector._page_hinkley()(**settings), drift.PageHinkley(**settings)
     for value in values:
-        total = max(0.0, total + value - slack)
-        if abs(total - threshold) < 1e-6:
-            return  # a tie is decided by rounding
+        ours.update(value)
         theirs.update(value)
-        found = ours.update(value)
-        assert found == theirs.drift_detected
-        if found:
-            return
+        assert ours.drift_detected == theirs.drift_detected

@@ -1,0 +1,60 @@
+"""Updates in a file of their own, from who makes them to who encodes the delta (NumPy's .npz)."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import astuple
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edge.delta.files import storage_errors
+from edge.delta.format import Tensor
+from edge.delta.payload import Update
+from edge.delta.product import Factors
+from protos.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+def save_updates(updates: Sequence[Update], path: Path) -> None:
+    """Write updates to a file.
+
+    Raises:
+        StorageError: the disk is full or failed.
+    """
+    numbers = [(*astuple(u.tensor), u.first, u.factors.power, u.factors.fraction) for u in updates]
+    arrays = {"numbers": np.array(numbers, np.int64).reshape(-1, 8)}
+    for n, update in enumerate(updates):
+        for name in ("left", "right", "weights"):
+            arrays[f"{name}.{n}"] = getattr(update.factors, name)
+    with storage_errors(f"writing {path}"), path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_updates(path: Path) -> list[Update]:
+    """Read what :func:`save_updates` wrote.
+
+    Raises:
+        IntegrityError: it is no such file.
+        StorageError: it cannot be read.
+    """
+    try:
+        with storage_errors(f"reading {path}"), np.load(path, allow_pickle=False) as arrays:
+            return [
+                Update(
+                    Tensor(*map(int, row[:5])),
+                    int(row[5]),
+                    Factors(
+                        *(arrays[f"{name}.{n}"] for name in ("left", "right", "weights")),
+                        power=int(row[6]),
+                        fraction=int(row[7]),
+                    ),
+                )
+                for n, row in enumerate(arrays["numbers"])
+            ]
+    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        msg = f"{path} holds no updates ({error}): make them again"
+        raise IntegrityError(msg) from error
