@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,11 @@ def _status(pid: int, field: str) -> float:
         if line.startswith(field):
             return round(int(line.split()[1]) / 1024, 1)
     return 0.0
+
+
+def end_in_good_order() -> None:
+    """Let SIGTERM end what was started, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 @contextmanager

@@ -51,6 +51,7 @@ VARIANTS = {
     "blocks of 32": Variant(block=32),
     "no spinning": Variant(spin_us=0),
     "spinning by default": Variant(spin_us=None),
+    "spinning 20 us": Variant(spin_us=20),
     "spinning 1000 us": Variant(spin_us=1000),
     "one row a pass": Variant(rows=1),
     "dynamic blocks of work": Variant(entries={"session.dynamic_block_base": "4"}),

@@ -44,11 +44,10 @@ from edge.student.bundle import digest, read_config, read_harness
 from edge.student.engine import Engine, open_session
 from protos.errors import AnabranchError
 from protos.harness import Harness
+from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from protos.prompt import Shown
 
 NAMES = ("anabranch", "llama.cpp", "onnxruntime-genai")
 SKILL, TRAIN, LIMIT, THREADS = "lights", 120, 64, 2
@@ -103,16 +102,16 @@ def learnt(folder: Path, tell: Callable[[str, float], None]) -> tuple[Path, Path
 
 
 def commands(count: int, folder: Path) -> list[Shown]:
-    """Unseen commands: none that was learnt, none that people wrote."""
-    file = folder / "commands.json"
-    learnt_texts = [s.messages[-1].content for s in _taught()]
-    asked = skills.material(SKILL, 1, train=1, tests=count, exclude=learnt_texts)
-    file.write_text(json.dumps([s.messages[-1].content for s in asked.tests], indent=1))
-    return list(asked.tests)
-
-
-def _taught() -> Sequence[Shown]:
-    return skills.material(SKILL, 0, train=TRAIN, tests=1).train
+    """Unseen commands, drawn once: none that was learnt."""
+    file = folder / f"commands-{count}.json"
+    if not file.exists():
+        taught = skills.material(SKILL, 0, train=TRAIN, tests=1).train
+        learnt_texts = [s.messages[-1].content for s in taught]
+        asked = skills.material(SKILL, 1, train=1, tests=count, exclude=learnt_texts).tests
+        rows = [(s.messages[-1].content, s.answer) for s in asked]
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+    rows = json.loads(file.read_text())
+    return [Shown((Message("user", text),), answer) for text, answer in rows]
 
 
 class Plain:
@@ -270,9 +269,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/student.json"))
     parser.add_argument("--engines", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--prepare", action="store_true", help="make the files, measure nothing")
     parser.add_argument("--requests", type=int, default=200, help="commands asked of each engine")
     options = parser.parse_args()
     try:
+        if options.prepare:
+            folder = options.out.parent / "student"
+            learnt(folder, lambda *_: None)
+            commands(options.requests, folder)
+            return
+        engines.end_in_good_order()
         with Progress() as progress:
             note = measure(options, progress)
     except AnabranchError as error:

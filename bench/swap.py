@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--unloading-swaps", type=int, default=3, help="swaps without room for two")
     options = parser.parse_args()
     folder = options.out.parent / "swap"
+    engines.end_in_good_order()
     try:
         with Progress() as progress:
             bar = progress.add_task("student", total=1.0)

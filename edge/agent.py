@@ -49,7 +49,7 @@ from edge.process import (
     log_to_stderr,
     metrics_server,
 )
-from edge.student.runtime import Student
+from edge.student.runtime import Student, Warmth
 from edge.update import probe, trust
 from edge.update.client import UpdateClient
 from edge.update.grpc_transport import GrpcTransport
@@ -156,6 +156,8 @@ def run(config: AgentConfig, *, open_student: Callable[[Path], Served] | None = 
 
 def _open(folder: Path, *, threads: int) -> Student:
     student = Student.open(folder, threads=threads)
+    # What the first request would do else, and what it would leave of memory.
+    student.warm(Warmth(student.harness.system, (), ()))
     give_memory_back()
     return student
 
