@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 CHANNEL, CLIENTS = "home", 2
 CANARIES = ("turn on the kitchen light", "switch the lamp in the bedroom off")
-_STEADY_S = 30.0
 _BETWEEN_S = 3.0
 _SWAP_S = 180.0
 _SAMPLE_S = 0.05
@@ -163,7 +162,13 @@ async def swaps(
 
 
 async def run(
-    bundles: tuple[Path, Path], folder: Path, count: int, limit: int, progress: Progress
+    bundles: tuple[Path, Path],
+    folder: Path,
+    progress: Progress,
+    *,
+    count: int,
+    limit: int,
+    steady: float,
 ) -> dict[str, Any]:
     """One agent, one load, ``count`` swaps."""
     name = f"swaps, {limit} MB" if limit else "swaps"
@@ -186,7 +191,7 @@ async def run(
             load.start(agent.resident_mb)
             progress.update(bar, description=f"{name}: before")
             begin = time.monotonic()
-            await asyncio.sleep(_STEADY_S)
+            await asyncio.sleep(steady)
             windows = await swaps(
                 cloud,
                 releases,
@@ -195,18 +200,15 @@ async def run(
             )
             progress.update(bar, description=f"{name}: after", completed=count + 1)
             end = time.monotonic()
-            await asyncio.sleep(_STEADY_S)
+            await asyncio.sleep(steady)
             load.stop()
             peak = agent.peak_mb()
         progress.update(bar, completed=count + 2)
     finally:
         await server.stop(5)
         await cloud.service.drain()
-    return report(
-        load, windows, before=(begin, begin + _STEADY_S), after=(end, end + _STEADY_S)
-    ) | {
+    return report(load, windows, before=(begin, begin + steady), after=(end, end + steady)) | {
         "peak_mb": peak,
-        "delta_bytes": [r.delta_bytes for r in releases if hasattr(r, "delta_bytes")],
     }
 
 
@@ -256,6 +258,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/swap.json"))
     parser.add_argument("--swaps", type=int, default=10)
+    parser.add_argument("--steady", type=float, default=30.0, help="seconds before and after")
     parser.add_argument("--unloading-swaps", type=int, default=3, help="swaps without room for two")
     options = parser.parse_args()
     folder = options.out.parent / "swap"
@@ -269,11 +272,29 @@ def main() -> None:
             )
             bundles = (learnt.parent / "import" / "bundle", learnt)
             stamp = time.strftime("%Y%m%d-%H%M%S")
-            one = asyncio.run(run(bundles, folder / stamp, options.swaps, 0, progress))
+            one = asyncio.run(
+                run(
+                    bundles,
+                    folder / stamp,
+                    progress,
+                    count=options.swaps,
+                    limit=0,
+                    steady=options.steady,
+                )
+            )
             two = {}
             if options.unloading_swaps:
                 place = folder / f"{stamp}-unloading"
-                two = asyncio.run(run(bundles, place, options.unloading_swaps, 1, progress))
+                two = asyncio.run(
+                    run(
+                        bundles,
+                        place,
+                        progress,
+                        count=options.unloading_swaps,
+                        limit=1,
+                        steady=options.steady,
+                    )
+                )
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     note = {"date": time.strftime("%Y-%m-%d"), "machine": setup.machine(), "clients": CLIENTS}

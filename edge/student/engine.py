@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-_SPIN_US = "100"
+_SPIN_US = "20"
 _GRAIN = 256  # buffers grow by so many positions, so that short chats take little memory
 _TRIAL = 32  # tokens by which exactness is tried
 _CUTS = (7, 2, 1, 4, 1, 9, 3, 5)
