@@ -231,7 +231,12 @@ def report(load: Load, windows: list[Window], *, before: Window, after: Window) 
         "p99_ratio": round(during["p99_s"] / steady["p99_s"], 2),
         "steady_mb": round(statistics.median(outside), 1),
         "during_mb": round(max(inside), 1),
+        "after_each_mb": [_resident_at(load, b + _BETWEEN_S) for _, b in windows],
     }
+
+
+def _resident_at(load: Load, moment: float) -> float:
+    return round(min(load.memory, key=lambda seen: abs(seen[0] - moment))[1], 1)
 
 
 def figures(load: Load, windows: list[Window]) -> dict[str, float]:

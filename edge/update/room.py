@@ -13,6 +13,7 @@ from edge.update.probe import resident_bytes
 _PER_WEIGHT = 1.3  # bytes that a session takes for each byte of its weights file, measured
 _BESIDES = 48 * 1024 * 1024  # tokenizer, keys and values of the canaries
 _CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = ("high", "max")  # above the first one the kernel slows the process down
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -40,9 +41,14 @@ def enough(needed: int, *, available: int | None, limit: int, resident: int) -> 
     return available is None or needed <= available
 
 
-def available_bytes(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO) -> int | None:
-    """What system and service manager leave this process; None where neither says."""
-    found = [b for b in (_of_machine(meminfo), _of_group(cgroup)) if b is not None]
+def available_bytes(group: Path | None = None, meminfo: Path = _MEMINFO) -> int | None:
+    """What system and service manager leave this process; None where neither says.
+
+    Args:
+        group: folder of this process's control group (version 2); found out where None.
+        meminfo: as ``/proc/meminfo``.
+    """
+    found = [b for b in (_of_machine(meminfo), _of_group(group or _own_group())) if b is not None]
     return min(found, default=None)
 
 
@@ -70,15 +76,22 @@ def _of_machine(meminfo: Path) -> int | None:
     return None
 
 
-def _of_group(root: Path) -> int | None:
-    """Room in this process's control group (version 2), pages of files that can go counted in."""
+def _own_group() -> Path:
     try:
         name = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::/")[2]
-        group = root / name
-        most = (group / "memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return _CGROUP
+    return _CGROUP / name
+
+
+def _of_group(group: Path) -> int | None:
+    """Room below the lower of both limits, pages of files that can go counted in."""
+    try:
+        limits = [(group / f"memory.{n}").read_text(encoding="ascii").strip() for n in _LIMITS]
         used = int((group / "memory.current").read_text(encoding="ascii"))
         rows = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        droppable = dict(row.split() for row in rows).get("inactive_file", "0")
-        return None if most == "max" else int(most) - used + int(droppable)
+        droppable = int(dict(row.split() for row in rows).get("inactive_file", "0"))
+        numbers = [int(limit) for limit in limits if limit != "max"]
     except (OSError, ValueError):
         return None
+    return min(numbers) - used + droppable if numbers else None
