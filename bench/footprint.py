@@ -10,7 +10,6 @@ Results go to ``build/bench/footprint.json``. A few minutes, most of them pip's.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from protos.errors import AnabranchError
 
 FORBIDDEN = ("torch", "transformers", "optimum", "onnx")
 _REST_S = 3
+_TOOLS = {"pip", "setuptools"}
 _TEXTS = ("turn on the lamp", "turn off the garage light please", "set the kitchen to fifty")
 
 
@@ -36,11 +36,8 @@ def install(folder: Path) -> dict[str, Any]:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "install", ".[edge]"], check=True)
-    listed = subprocess.run(
-        [*pip, "list", "--format", "json"], check=True, capture_output=True, text=True
-    )
-    names = {p["name"].lower() for p in json.loads(listed.stdout)} - {"pip", "setuptools"}
     site = next(folder.glob("lib/python*/site-packages"))
+    names = {p.name.partition("-")[0].lower() for p in site.glob("*.dist-info")} - _TOOLS
     sizes = {
         p.name: _size(p) for p in site.iterdir() if not p.name.startswith(("pip", "setuptools"))
     }
@@ -93,16 +90,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/footprint.json"))
+    parser.add_argument("--bundle", type=Path, help="of the student; default: the packaged one")
     options = parser.parse_args()
     folder = options.out.parent / "footprint"
     try:
-        student = setup.student(
-            skills.harness(), options.out.parent / "learner-student", lambda *_: None
+        bundle = (
+            options.bundle
+            or setup.student(
+                skills.harness(), options.out.parent / "learner-student", lambda *_: None
+            ).bundle
         )
         print("installing anabranch[edge] into a fresh environment")
         disk = install(folder / "venv")
         print("starting its agent")
-        resident = memory(student.bundle, folder / "agent", folder / "venv" / "bin" / "python")
+        resident = memory(bundle, folder / "agent", folder / "venv" / "bin" / "python")
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     note = {"date": time.strftime("%Y-%m-%d"), "machine": setup.machine(), **disk, **resident}
