@@ -17,7 +17,7 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe bench-learner bench-learner-full \
-  bench-learner-speed bench-student bench-delta clean
+  bench-learner-speed bench-student bench-graph bench-swap bench-footprint bench-delta clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -92,6 +92,15 @@ bench-learner-speed: $(READY) $(TRL) ## Seconds a step and memory beside SFT and
 
 bench-student: $(READY) $(PEERS) ## Speed of the student beside llama.cpp and onnxruntime-genai (10 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.student
+
+bench-graph: $(READY) ## What blocks, spinning and rows a pass are worth (2 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.graph
+
+bench-swap: $(READY) ## Ten swaps under load: latency, failed requests, memory (10 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.swap
+
+bench-footprint: $(READY) ## Disk and memory of a device's agent, freshly installed (5 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.footprint
 
 # The peers bring runtimes of their own, which a device must not need.
 $(PEERS): bench/peers/requirements-student.txt

@@ -96,7 +96,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.out.parent / "footprint"
     try:
-        student = setup.student(skills.harness(), folder / "student", lambda *_: None)
+        student = setup.student(
+            skills.harness(), options.out.parent / "learner-student", lambda *_: None
+        )
         print("installing anabranch[edge] into a fresh environment")
         disk = install(folder / "venv")
         print("starting its agent")

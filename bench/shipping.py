@@ -76,6 +76,6 @@ def _matrices(
 
 
 def _weights(codes: npt.NDArray[np.floating], scales: quantize.Scales) -> torch.Tensor:
-    blocks = np.repeat(scales, quantize.BLOCK, axis=1)
+    blocks = np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
     kept = np.clip(codes, -127, 127).astype(np.float32)
     return torch.from_numpy(kept * blocks)

@@ -84,7 +84,7 @@ class Seen:
 def learnt(folder: Path, tell: Callable[[str, float], None]) -> tuple[Path, Path]:
     """The student that has learnt the skill: bundle and GGUF file, made once."""
     schema = skill_schema([SKILL])
-    harness = Harness(system=skills.SYSTEM, schema=schema, max_tokens=LIMIT)
+    harness = Harness(system=skills.SYSTEM, schema=schema, guided=True, max_tokens=LIMIT)
     imported = setup.student(harness, folder / "import", tell)
     weights, bundle, gguf = folder / "learnt.safetensors", folder / "bundle", folder / "q8_0.gguf"
     if not weights.exists():

@@ -26,7 +26,14 @@ VERSION = 1
 DEFAULT_CONTEXT = 2048
 
 
-def export(source: Source, harness: Harness, out: Path, *, context: int = DEFAULT_CONTEXT) -> None:
+def export(
+    source: Source,
+    harness: Harness,
+    out: Path,
+    *,
+    context: int = DEFAULT_CONTEXT,
+    block: int = quantize.BLOCK,
+) -> None:
     """Quantize a model once and write its bundle to the folder ``out``.
 
     Args:
@@ -34,29 +41,30 @@ def export(source: Source, harness: Harness, out: Path, *, context: int = DEFAUL
         harness: written as ``harness.json``.
         out: folder to create; replaced whole if it exists.
         context: longest prompt plus answer in tokens, cut to what the model allows.
+        block: weights that share a scale.
     """
     config = source.model.config
     context = min(context, config.max_position_embeddings)
     state = source.model.state_dict()
-    tensors = plan(config, state, context)
+    tensors = plan(config, state, context, block)
     work = out.with_name(out.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     _write_weights(
-        work / "weights.bin", tensors, _quantized(tensors, state), _fixed(source, context)
+        work / "weights.bin", tensors, _quantized(tensors, state, block), _fixed(source, context)
     )
     (work / "graph.onnx").write_bytes(
         graph.build(config, tensors).SerializeToString(deterministic=True)
     )
     source.tokenizer.save(str(work / "tokenizer.json"), pretty=False)
-    meta = _meta(source, tensors, context)
+    meta = _meta(source, tensors, context, block)
     (work / "student.json").write_text(json.dumps(meta, indent=1, sort_keys=True) + "\n")
     (work / "harness.json").write_bytes(harness.to_json())
     shutil.rmtree(out, ignore_errors=True)
     work.replace(out)
 
 
-def _meta(source: Source, tensors: Sequence[Tensor], context: int) -> dict[str, Any]:
+def _meta(source: Source, tensors: Sequence[Tensor], context: int, block: int) -> dict[str, Any]:
     config = source.model.config
     return {
         "version": VERSION,
@@ -71,7 +79,7 @@ def _meta(source: Source, tensors: Sequence[Tensor], context: int) -> dict[str, 
         "vocabulary": config.vocab_size,
         "context_length": context,
         "eos": list(source.eos),
-        "quantization": {"bits": 8, "block": quantize.BLOCK, "zero_point": quantize.ZERO},
+        "quantization": {"bits": 8, "block": block, "zero_point": quantize.ZERO},
         "tensors": [t.to_json() for t in tensors],
     }
 
@@ -82,7 +90,7 @@ def _stacked(tensor: Tensor, state: Mapping[str, torch.Tensor]) -> quantize.Weig
 
 
 def _quantized(
-    tensors: Sequence[Tensor], state: Mapping[str, torch.Tensor]
+    tensors: Sequence[Tensor], state: Mapping[str, torch.Tensor], block: int
 ) -> dict[str, np.ndarray[Any, Any]]:
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for tensor in tensors:
@@ -90,7 +98,7 @@ def _quantized(
             continue
         weight = _stacked(tensor, state)
         if tensor.dtype == "uint8":
-            scales = quantize.make_scales(weight)
+            scales = quantize.make_scales(weight, block)
             arrays[f"{tensor.name}.scales"] = scales
             arrays[tensor.name] = quantize.encode(weight, scales)
         else:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from onnx import ModelProto, StringStringEntryProto, TensorProto, helper
 
 from cloud.students.layout import EMBEDDING, HEAD, Tensor
-from cloud.students.quantize import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +64,8 @@ class _Builder:
 
     def matmul(self, x: str, name: str) -> str:
         rows, columns = self.tensors[name].shape
-        codes = self.external(name, (rows, columns // BLOCK, BLOCK))
+        blocks = self.tensors[f"{name}.scales"].shape[1]
+        codes = self.external(name, (rows, blocks, columns // blocks))
         scales = self.external(f"{name}.scales")
         return self.node(
             "MatMulNBits",
@@ -74,12 +74,13 @@ class _Builder:
             N=rows,
             K=columns,
             bits=8,
-            block_size=BLOCK,
+            block_size=columns // blocks,
             accuracy_level=4,  # activations in int8 too
         )
 
     def embed(self, ids: str) -> str:
         table = HEAD if self.config.tie_word_embeddings else EMBEDDING
+        columns, blocks = self.tensors[table].shape[1], self.tensors[f"{table}.scales"].shape[1]
         codes = self.external(table, alias="embedding.codes")
         scales = self.external(f"{table}.scales", alias="embedding.scales")
         return self.node(
@@ -88,7 +89,7 @@ class _Builder:
             ["embedded"],
             gather_axis=0,
             quantize_axis=1,
-            block_size=BLOCK,
+            block_size=columns // blocks,
             bits=8,
         )
 

@@ -92,7 +92,9 @@ def norms(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def plan(config: LlamaConfig, state: Mapping[str, torch.Tensor], context: int) -> list[Tensor]:
+def plan(
+    config: LlamaConfig, state: Mapping[str, torch.Tensor], context: int, block: int = BLOCK
+) -> list[Tensor]:
     """Place every tensor in ``weights.bin``.
 
     Codes come first in the order of the layers, then scales, norms and rotary tables: what releases
@@ -105,7 +107,7 @@ def plan(config: LlamaConfig, state: Mapping[str, torch.Tensor], context: int) -
         rows = sum(state[s].shape[0] for s in sources)
         columns = state[sources[0]].shape[1]
         shapes.append((name, "uint8", (rows, columns), sources))
-        scales.append((f"{name}.scales", "float32", (rows, columns // BLOCK), ()))
+        scales.append((f"{name}.scales", "float32", (rows, columns // block), ()))
     vectors = [(n, "float32", tuple(state[s[0]].shape), s) for n, s in norms(config).items()]
     rotary: list[tuple[str, str, tuple[int, ...], tuple[str, ...]]] = [
         (n, "float32", (context, head_size // 2), ()) for n in ("cos", "sin")

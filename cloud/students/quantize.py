@@ -25,17 +25,17 @@ Scales = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float32]
 
 
-def make_scales(weight: Weights) -> Scales:
-    """One scale a block: ``[rows, columns]`` to ``[rows, columns / 64]``.
+def make_scales(weight: Weights, block: int = BLOCK) -> Scales:
+    """One scale a block: ``[rows, columns]`` to ``[rows, columns / block]``.
 
     Raises:
-        InvalidInputError: the columns are no multiple of 64, or a weight is not finite.
+        InvalidInputError: the columns are no multiple of ``block``, or a weight is not finite.
     """
     rows, columns = weight.shape
-    if columns % BLOCK:
-        msg = f"a matrix of {columns} columns cannot be cut into blocks of {BLOCK}"
+    if columns % block:
+        msg = f"a matrix of {columns} columns cannot be cut into blocks of {block}"
         raise InvalidInputError(msg)
-    peak = np.abs(weight).reshape(rows, columns // BLOCK, BLOCK).max(axis=2)
+    peak = np.abs(weight).reshape(rows, columns // block, block).max(axis=2)
     if not np.isfinite(peak).all():
         msg = "a weight is not finite: the model cannot be quantized"
         raise InvalidInputError(msg)
@@ -51,7 +51,7 @@ def encode(weight: Weights, scales: Scales) -> Codes:
     [255, 128, 1]
     """
     rows, columns = weight.shape
-    steps = weight.reshape(rows, columns // BLOCK, BLOCK) / scales[:, :, None]
+    steps = weight.reshape(rows, scales.shape[1], -1) / scales[:, :, None]
     codes = np.clip(np.rint(steps), -_LIMIT, _LIMIT) + ZERO
     result: Codes = codes.astype(np.uint8).reshape(rows, columns)
     return result
@@ -60,6 +60,6 @@ def encode(weight: Weights, scales: Scales) -> Codes:
 def decode(codes: Codes, scales: Scales) -> Weights:
     """Weights ``[rows, columns]`` that codes stand for."""
     rows, columns = codes.shape
-    steps = codes.reshape(rows, columns // BLOCK, BLOCK).astype(np.float32) - ZERO
+    steps = codes.reshape(rows, scales.shape[1], -1).astype(np.float32) - ZERO
     weights: Weights = (steps * scales[:, :, None]).reshape(rows, columns)
     return weights
