@@ -72,8 +72,9 @@ class DeltaStore:
         if known is not None and known[0]:
             try:
                 self._blobs.check(known[0])
+                delta.read_header(self._blobs.path(known[0]))
             except IntegrityError:
-                return None  # damaged or gone: it is built again
+                return None  # damaged, gone, or of an earlier format: it is built again
         return known
 
     def _build(
