@@ -36,7 +36,10 @@ def make(bundle: Path, out: Path) -> None:
     _adapt(model.graph, config)
     onnx.save(model, out / "graph.onnx")
     (out / "genai_config.json").write_text(json.dumps(_genai(config), indent=1) + "\n")
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    special: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+    }
     special |= {"bos_token": "<|im_start|>", "unk_token": "<|endoftext|>", "add_bos_token": False}
     (out / "tokenizer_config.json").write_text(json.dumps(special, indent=1) + "\n")
 

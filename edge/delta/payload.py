@@ -141,7 +141,7 @@ def pack_factors(updates: Sequence[Update], tensors: Sequence[Tensor]) -> bytes:
             some.weights.astype("<u2").tobytes(),
             dense[start : start + 2 * rank].tobytes(),
         ]
-        spread.append(_spread(dense[start : start + 2 * rank], some.shape))
+        spread.append(_spread(dense[start : start + 2 * rank].astype(np.uint8), some.shape))
         start += 2 * rank
     numbers = np.concatenate([x.T.ravel() for f in factors for x in (f.left, f.right)])
     parts.append(rans.pack(numbers.view(np.uint8), np.concatenate(spread)))
@@ -200,7 +200,9 @@ def _spread(classes: Contexts, shape: tuple[int, int]) -> Contexts:
 def _classes(factor: npt.NDArray[np.int8]) -> Contexts:
     """How large the numbers of each column are, in half octaves."""
     power = np.square(factor.astype(np.float64)).mean(axis=0)
-    return np.clip(np.rint(np.log2(power + 1 / 64)) + 6, 0, 2 * _CONTEXTS).astype(np.uint8)
+    octaves = np.clip(np.rint(np.log2(power + 1 / 64)) + 6, 0, 2 * _CONTEXTS)
+    classes: Contexts = octaves.astype(np.uint8)
+    return classes
 
 
 def pack_fresh(data: bytes) -> bytes:
