@@ -8,7 +8,6 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
-import delta_cases as cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +21,10 @@ from protos.errors import WrongBaseError as WrongBase
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.delta import delta_cases as cases
+else:
+    import delta_cases as cases
 
 
 @pytest.fixture
