@@ -215,7 +215,7 @@ def test_a_plan_that_does_not_fit_is_refused(case: cases.Case) -> None:
         {"stretches": [delta.Stretch(0, 0, 10), delta.Stretch(5, 0, 10)]},
     ):
         with pytest.raises(InvalidInputError, match="no delta"):
-            delta.encode(case.base, case.target, case.made, **options)  # type: ignore[arg-type]
+            delta.encode(case.base, case.target, case.made, **options)
 
 
 def test_a_delta_can_replace_its_own_base(case: cases.Case) -> None:
