@@ -75,7 +75,7 @@ class Measured:
 def measure(bundle: Path, commands: Sequence[Command], decoding: Decoding) -> Measured:
     """Answer all commands with a student that is fresh but warm."""
     student = Student.open(bundle)
-    engine = CountingEngine(student._engine._live(), student.config)  # noqa: SLF001 - measured from inside
+    engine = CountingEngine(student._engine.session, student.config)  # noqa: SLF001 - measured from inside
     student._engine = engine  # noqa: SLF001
     system = student.harness.system
     student.answer(chat(system, [Message("user", "hello")]), decoding)

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from edge.student.prefix import shared
 from edge.student.runtime import Student
 from protos.errors import AnabranchError, ContextLengthError, InvalidInputError
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
+
+    from edge.student.engine import KeyValues
 
 ROWS, SEED = 300, 0
 DATA = Path("../shared/data")
@@ -73,9 +76,11 @@ class Question:
 class Scorer(Student):
     """A student that scores texts; choices of a question share the work on their query."""
 
+    _scored: KeyValues | None = None
+
     def twin(self) -> Self:
         """A second one on the same weights, for another thread; close it too."""
-        return type(self)(self.folder, self._live(), self.tokenizer)
+        return type(self)(self.folder, self._engine.session, self.tokenizer)
 
     def answers(self, asked: Question) -> list[tuple[float, bool]]:
         """For each choice its log-likelihood in nats, and whether it is the greedy continuation.
@@ -85,7 +90,7 @@ class Scorer(Student):
             ContextLengthError: a query with a choice is longer than the student's context.
             IntegrityError: the student is closed.
         """
-        self._cached = []  # else what rounding does to a score depends on what was asked before
+        self._scored = None  # the questions before have nothing in common with this one
         return [self._continuation(asked.query, choice) for choice in asked.choices]
 
     def _continuation(self, query: str, text: str) -> tuple[float, bool]:
@@ -105,17 +110,11 @@ class Scorer(Student):
 
     def _logits_from(self, ids: list[int], first: int) -> npt.NDArray[np.float32]:
         """Teacher-forced logits [len(ids) - first, vocabulary] at ``first`` and after."""
-        self._live()
-        pairs = enumerate(zip(self._cached, ids[:first], strict=False))
-        shared = next((i for i, (a, b) in pairs if a != b), min(len(self._cached), first))
-        self._cached = []  # an exception on the way must not leave a prefix that is not there
-        self._engine.reserve(len(ids))
-        logits = self._engine.forward(
-            np.array([ids[shared:]], dtype=np.int64),
-            np.array([len(ids)], dtype=np.int32),
-            range(first - shared, len(ids) - shared),
-        )
-        self._cached = ids
+        chat, self._scored = self._scored or self._engine.open_chat(), None
+        chat.truncate(shared(chat.ids, ids[:first]))
+        known = len(chat.ids)
+        logits = self._engine.forward(chat, ids[known:], range(first - known, len(ids) - known))
+        self._scored = chat  # not after an exception: what the chat holds is not certain then
         return logits
 
 

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from protos.errors import UnavailableError
 
@@ -323,7 +323,7 @@ class StudentHost(Generic[StudentT]):
                 return ended.value
 
 
-async def _finished(running: asyncio.Future[object]) -> None:
+async def _finished(running: asyncio.Future[Any]) -> None:
     """Wait for the student's thread, however often the caller is cancelled."""
     while not running.done():
         with contextlib.suppress(asyncio.CancelledError):

@@ -198,7 +198,7 @@ def _top_logprobs(raw: dict[str, Any]) -> int | None:
     if not wanted or not 0 <= count <= MAX_TOP_LOGPROBS:
         msg = f"top_logprobs is {count}; it must be 0 to {MAX_TOP_LOGPROBS}, with logprobs: true"
         raise RequestError(msg, param="top_logprobs")
-    return count
+    return int(count)
 
 
 def _content(message: dict[str, Any], where: str) -> str:

@@ -101,7 +101,7 @@ class Engine:
         Raises:
             IntegrityError: the engine is closed.
         """
-        return KeyValues(self._live(), self._config)
+        return KeyValues(self.session, self._config)
 
     def forward(self, chat: KeyValues, ids: Sequence[int], wanted: Iterable[int]) -> Floats:
         """Compute ``ids`` as what follows in ``chat``, whose keys and values then hold them too.
@@ -110,7 +110,7 @@ class Engine:
             Logits [len(wanted), vocabulary] after the tokens at the positions ``wanted`` of
             ``ids``.
         """
-        session = self._live()
+        session = self.session
         start, fresh, rows = len(chat.ids), list(ids), list(wanted)
         if len(fresh) == 1 and start:
             start, fresh = start - 1, [chat.ids[-1], *fresh]
@@ -150,7 +150,13 @@ class Engine:
             self._exact = np.array_equal(whole, np.concatenate(parts))
         return self._exact
 
-    def _live(self) -> ort.InferenceSession:
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The session.
+
+        Raises:
+            IntegrityError: the engine is closed.
+        """
         if self._session is None:
             msg = "the student is closed: it answers no more"
             raise IntegrityError(msg)

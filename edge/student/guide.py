@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-_COMPACT = {"whitespace_flexible": False}
+_COMPACT: dict[str, Any] = {"whitespace_flexible": False}
 _KEPT = 16  # grammars that stay compiled
 _OPEN_ENDED = frozenset(
     {"allOf", "if", "not", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"}
@@ -46,7 +46,11 @@ def schema_grammar(schema: Mapping[str, Any]) -> str:
         GrammarError: the schema cannot be written as JSON.
     """
     try:
-        return str(LLMatcher.grammar_from_json_schema(json.dumps(closed(schema)), _COMPACT))
+        return str(
+            LLMatcher.grammar_from_json_schema(
+                json.dumps(closed(schema)), {"whitespace_flexible": False}
+            )
+        )
     except ValueError as error:
         msg = f"the JSON schema cannot guide: {error}"
         raise GrammarError(msg) from error

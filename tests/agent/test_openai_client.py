@@ -165,7 +165,7 @@ def test_the_history_of_a_tool_call_goes_on(client: openai.OpenAI) -> None:
         "type": "function",
         "function": {"name": "lamp", "arguments": '{"area": "hall"}'},
     }
-    history = [
+    history: list[Json] = [
         *ASK,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_7", "content": "done"},

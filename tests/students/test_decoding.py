@@ -185,7 +185,8 @@ def test_forced_text_has_the_tokens_that_the_tokenizer_gives_it(packaged_tokeniz
         for area in ("kitchen", "kitchenette", "hall"):
             text = f'{{"name":"{name}","arguments":{{"area":"{area}"}}}}'
             wanted = tokenizer.encode(text, add_special_tokens=False).ids
-            guide, got, forced = guides.follow(schema_grammar(CALL)), [], 0
+            guide, forced = guides.follow(schema_grammar(CALL)), 0
+            got: list[int] = []
             while not guide.complete and len(got) < len(wanted):
                 must = guide.forced()
                 if must:

@@ -170,7 +170,7 @@ def test_a_closed_student_holds_no_session(tiny_student: Path) -> None:
 
     made = Student.open(tiny_student / "bundle")
     made.answer(prompt(SYSTEMS[0], "x"), ONE)
-    session = weakref.ref(made._engine._live())
+    session = weakref.ref(made._engine.session)
     made.close()
     gc.collect()
     assert session() is None
