@@ -48,9 +48,9 @@ def load_updates(path: Path) -> list[Update]:
                     Tensor(*map(int, row[:5])),
                     int(row[5]),
                     Factors(
-                        left=arrays[f"left.{n}"],
-                        right=arrays[f"right.{n}"],
-                        weights=arrays[f"weights.{n}"],
+                        arrays[f"left.{n}"],
+                        arrays[f"right.{n}"],
+                        arrays[f"weights.{n}"],
                         power=int(row[6]),
                         fraction=int(row[7]),
                     ),
