@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,9 +82,7 @@ def learn(imported: Imported, taught: skills.Material, folder: Path, tell: Tell)
             seconds = json.loads((folder / "learnt.json").read_bytes())["learn_seconds"]
             config = LearnerConfig.named("lora", steps=ANY_STEPS, budget_seconds=seconds)
         spec = setup.spec(imported, taught, config)
-        parameters, note = setup.train(
-            spec, lambda part, name=name: tell(f"learning: {name}", part)
-        )
+        parameters, note = setup.train(spec, partial(tell, f"learning: {name}"))
         setup.write(folder / f"{name}.json", note | {"options": asdict(config)})
         save_file(parameters, path)
 
@@ -114,7 +113,8 @@ def bundles(imported: Imported, folder: Path, budget: int, tell: Tell) -> None:
     delta.save_updates(updates, folder / "products.npz")
     tell("factors of the LoRA", 0.0)
     factors = lora_factors(masters, lora)
-    np.savez(folder / "lora.npz", **factors)
+    kept: dict[str, Any] = dict(factors)
+    np.savez(folder / "lora.npz", **kept)
     sent = {name: torch.from_numpy(f.astype(np.float16)).float() for name, f in factors.items()}
     merged = {
         name: masters[name].float() + sent[f"{name}.up"] @ sent[f"{name}.down"]

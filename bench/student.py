@@ -192,7 +192,10 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     folder = options.out.parent / "student"
     folder.mkdir(parents=True, exist_ok=True)
     bar = progress.add_task("student", total=1.0)
-    tell = lambda what, part: progress.update(bar, description=what, completed=part)  # noqa: E731
+
+    def tell(what: str, part: float) -> None:
+        progress.update(bar, description=what, completed=part)
+
     bundle, gguf = learnt(folder, tell)
     tell("draw unseen commands", 0.0)
     asked = commands(options.requests, folder)
@@ -241,8 +244,8 @@ def _written(out: Path, figures: dict[str, Any], student: str) -> dict[str, Any]
     merged = {n: f for n, f in {**earlier, **figures}.items() if n in NAMES}
     ours = merged.get("anabranch")
     ratios = {}
-    for name, other in merged.items() if ours else ():
-        if name != "anabranch":
+    for name, other in merged.items():
+        if ours and name != "anabranch":
             ratios[name] = {
                 "decode": round(ours["decode_tokens_per_s"] / other["decode_tokens_per_s"], 2),
                 "prefill": round(ours["prefill_tokens_per_s"] / other["prefill_tokens_per_s"], 2),

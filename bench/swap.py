@@ -303,12 +303,12 @@ def main() -> None:
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     note = {"date": time.strftime("%Y-%m-%d"), "machine": setup.machine(), "clients": CLIENTS}
-    note |= one | {"unloading": two}
-    setup.write(options.out, note)
+    figures: dict[str, Any] = one | {"unloading": two}
+    setup.write(options.out, note | figures)
     table = Table("", "requests/s", "median", "p95", "p99", "max")
     for phase in ("before", "during", "after"):
-        table.add_row(phase, *(f"{v:.2f}" for v in note[phase].values()))
-    shown = {k: note[k] for k in ("failed_requests", "p99_ratio", "steady_mb", "during_mb")}
+        table.add_row(phase, *(f"{v:.2f}" for v in figures[phase].values()))
+    shown = {k: figures[k] for k in ("failed_requests", "p99_ratio", "steady_mb", "during_mb")}
     Console().print(table, shown, two)
 
 

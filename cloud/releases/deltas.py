@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from protos.errors import IntegrityError
 from protos.v1 import release_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from sqlalchemy import Engine
@@ -40,6 +41,7 @@ class DeltaStore:
         *,
         base_layout: Mapping[str, Any] = _UNKNOWN,
         target_layout: Mapping[str, Any] = _UNKNOWN,
+        updates: Sequence[delta.Update] = (),
     ) -> release_pb2.Delta | None:
         """The delta that turns one weights file into another, from the cache or built now.
 
@@ -48,6 +50,7 @@ class DeltaStore:
             target_sha256: the file that it should have.
             base_layout: the base's ``student.json``, if it is known: it makes the delta smaller.
             target_layout: the target's: tensors at other places are found.
+            updates: products that turned the base's codes into the target's.
 
         Returns:
             None when the delta is no smaller than the compressed target.
@@ -56,9 +59,17 @@ class DeltaStore:
             IntegrityError: a blob is missing or was damaged.
             StorageError: the disk is full or failed.
         """
-        sha256, size = self._cached(base_sha256, target_sha256) or self._build(
-            base_sha256, target_sha256, base_layout, target_layout
-        )
+        known = self._cached(base_sha256, target_sha256)
+        if known is None:
+            tensors = delta.tensors_in(base_layout)
+            encode = partial(
+                delta.encode,
+                tensors=tensors,
+                updates=[u for u in updates if u.tensor in tensors],
+                stretches=delta.stretches_between(base_layout, target_layout),
+            )
+            known = self._build(base_sha256, target_sha256, encode)
+        sha256, size = known
         if not sha256:
             return None
         return release_pb2.Delta(
@@ -72,29 +83,23 @@ class DeltaStore:
         if known is not None and known[0]:
             try:
                 self._blobs.check(known[0])
+                delta.read_header(self._blobs.path(known[0]))
             except IntegrityError:
-                return None  # damaged or gone: it is built again
+                return None  # damaged, gone, or of an earlier format: it is built again
         return known
 
     def _build(
         self,
         base_sha256: str,
         target_sha256: str,
-        base_layout: Mapping[str, Any],
-        target_layout: Mapping[str, Any],
+        encode: Callable[[Path, Path, Path], delta.DeltaInfo],
     ) -> tuple[str, int]:
         base, target = self._blobs.path(base_sha256), self._blobs.path(target_sha256)
         made = self._blobs.temporary()
         self._blobs.check(base_sha256)
         self._blobs.check(target_sha256)
         try:
-            size = delta.encode(
-                base,
-                target,
-                made,
-                tensors=delta.tensors_in(base_layout),
-                stretches=delta.stretches_between(base_layout, target_layout),
-            ).size
+            size = encode(base, target, made).size
             pays = _compressed_exceeds(target, size)
             sha256 = self._blobs.put(made).sha256 if pays else ""
         finally:

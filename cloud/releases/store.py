@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from cloud.releases.keys import Signer
+    from edge.delta import Update
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class ReleaseStore:
         bounds: release_pb2.ProbeBounds,
         learned_from: Iterable[str] = (),
         gate: Iterable[release_pb2.GateCheck] = (),
+        updates: Sequence[Update] = (),
         bases: Sequence[int] = (),
         above: int = 0,
         expires_ms: int = 0,
@@ -131,6 +133,8 @@ class ReleaseStore:
             bounds: what a device checks before it swaps.
             learned_from: ids of every demonstration in these weights.
             gate: what the gate found.
+            updates: products that turned the newest release's codes into this bundle's: they make
+                its delta small.
             bases: versions to build deltas from, besides the last two.
             above: the version is greater than this: the newest that any device is known to run,
                 should the store have lost releases.
@@ -146,7 +150,8 @@ class ReleaseStore:
         with self._lock:
             files = self._take_in(bundle)
             earlier = self._versions(channel)
-            deltas = self._build_deltas(channel, [*earlier[:_DELTA_BASES], *bases], files)
+            before = [*earlier[:_DELTA_BASES], *bases]
+            deltas = self._build_deltas(channel, before, files, updates)
             manifest = release_pb2.Manifest(
                 channel=channel,
                 version=max([above, *earlier[:1]]) + 1,
@@ -285,7 +290,11 @@ class ReleaseStore:
         return [bundles.BundleFile(name, blob.sha256, blob.size) for name, blob in blobs.items()]
 
     def _build_deltas(
-        self, channel: str, bases: Iterable[int], files: Iterable[bundles.BundleFile]
+        self,
+        channel: str,
+        bases: Sequence[int],
+        files: Iterable[bundles.BundleFile],
+        updates: Sequence[Update],
     ) -> list[release_pb2.Delta]:
         shas = {f.name: f.sha256 for f in files}
         target, layout = shas[WEIGHTS], self._layout(shas[LAYOUT])
@@ -297,7 +306,11 @@ class ReleaseStore:
                 if base not in deltas:
                     before = self._layout(old[LAYOUT])
                     deltas[base] = self._deltas.between(
-                        base, target, base_layout=before, target_layout=layout
+                        base,
+                        target,
+                        base_layout=before,
+                        target_layout=layout,
+                        updates=updates if version == bases[0] else (),
                     )
             except IntegrityError:
                 # Damage to an old release must not stop new ones; the full file still works.

@@ -176,6 +176,7 @@ def _pieces(size: int, stretches: Sequence[Stretch], updates: Sequence[Update]) 
 def _groups(updates: Sequence[Update]) -> dict[int, list[Update]]:
     """Updates that are sent together, by the place of the first; together they code better."""
     groups: dict[int, list[Update]] = {}
+    group: list[Update] = []
     room = 0
     for update in updates:
         numbers = update.factors.left.size + update.factors.right.size

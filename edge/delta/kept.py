@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import astuple
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def save_updates(updates: Sequence[Update], path: Path) -> None:
         StorageError: the disk is full or failed.
     """
     numbers = [(*astuple(u.tensor), u.first, u.factors.power, u.factors.fraction) for u in updates]
-    arrays = {"numbers": np.array(numbers, np.int64).reshape(-1, 8)}
+    arrays: dict[str, Any] = {"numbers": np.array(numbers, np.int64).reshape(-1, 8)}
     for n, update in enumerate(updates):
         for name in ("left", "right", "weights"):
             arrays[f"{name}.{n}"] = getattr(update.factors, name)
@@ -48,7 +48,9 @@ def load_updates(path: Path) -> list[Update]:
                     Tensor(*map(int, row[:5])),
                     int(row[5]),
                     Factors(
-                        *(arrays[f"{name}.{n}"] for name in ("left", "right", "weights")),
+                        arrays[f"left.{n}"],
+                        arrays[f"right.{n}"],
+                        arrays[f"weights.{n}"],
                         power=int(row[6]),
                         fraction=int(row[7]),
                     ),

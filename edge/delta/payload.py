@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -121,8 +121,8 @@ def pack_factors(updates: Sequence[Update], tensors: Sequence[Tensor]) -> bytes:
     """The payload of updates of some of ``tensors``."""
     factors = [u.factors for u in updates]
     classes = [np.concatenate([_classes(f.left), _classes(f.right)]) for f in factors]
-    _, dense = np.unique(np.concatenate(classes), return_inverse=True)
-    dense = dense.astype(np.uint8)
+    _, order = np.unique(np.concatenate(classes), return_inverse=True)
+    dense = order.astype(np.uint8)
     parts = [_SETS.pack(len(updates))]
     spread, start = [], 0
     for update in updates:
@@ -200,7 +200,9 @@ def _spread(classes: Contexts, shape: tuple[int, int]) -> Contexts:
 def _classes(factor: npt.NDArray[np.int8]) -> Contexts:
     """How large the numbers of each column are, in half octaves."""
     power = np.square(factor.astype(np.float64)).mean(axis=0)
-    return np.clip(np.rint(np.log2(power + 1 / 64)) + 6, 0, 2 * _CONTEXTS).astype(np.uint8)
+    octaves = np.rint(np.log2(power + 1 / 64)) + 6
+    classes: Contexts = np.clip(octaves, 0, 2 * _CONTEXTS).astype(np.uint8)
+    return classes
 
 
 def pack_fresh(data: bytes) -> bytes:
@@ -226,7 +228,7 @@ def unpack_fresh(payload: bytes, length: int) -> bytes:
         raise IntegrityError(msg) from error
 
 
-def _take(head: struct.Struct, payload: bytes) -> tuple[int, ...]:
+def _take(head: struct.Struct, payload: bytes) -> tuple[Any, ...]:
     if len(payload) < head.size:
         _refuse("a payload ends within its head")
     return head.unpack_from(payload)

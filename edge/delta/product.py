@@ -178,7 +178,8 @@ class Product:
 def _peaks(factor: Signed) -> Whole:
     """The largest magnitude in each column."""
     low, high = (f(axis=0, initial=0).astype(np.int64) for f in (factor.min, factor.max))
-    return np.maximum(high, -low)
+    peaks: Whole = np.maximum(high, -low)
+    return peaks
 
 
 def _rates(scales: Bits, power: int) -> Whole:
@@ -189,4 +190,5 @@ def _rates(scales: Bits, power: int) -> Whole:
         msg = "delta: factors do not fit the base's scales; fetch the full file"
         raise IntegrityError(msg)
     shift = np.clip(power - (exponent - 150), 0, 62)  # 2**0 // mantissa is 0, as for any below
-    return np.minimum((np.int64(1) << shift) // mantissa, (1 << _RATE_BITS) - 1)
+    rates: Whole = np.minimum((np.int64(1) << shift) // mantissa, (1 << _RATE_BITS) - 1)
+    return rates

@@ -99,8 +99,9 @@ def _frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Counts scaled to a sum of 4096, at least 1 for what occurs."""
     total = int(counts.sum())
     if not total:
-        return np.eye(1, 256, dtype=np.int64)[0] * _TOTAL
-    found = np.where(counts > 0, np.maximum(counts * _TOTAL // total, 1), 0)
+        counts = np.eye(1, 256, dtype=np.int64)[0]
+        total = 1
+    found: npt.NDArray[np.int64] = np.where(counts > 0, np.maximum(counts * _TOTAL // total, 1), 0)
     while excess := int(found.sum()) - _TOTAL:
         # Take from, or give to, the most frequent ones: there it costs the least.
         if excess < 0:

@@ -38,7 +38,7 @@ COMMANDS = {
     ],
     "edge": [
         *("--state", "--device", "--trust", "--student", "--channel", "--broker", "--cloud"),
-        *("--listen", "--metrics", "--expected-corrections", "--threads"),
+        *("--listen", "--metrics", "--expected-corrections", "--threads", "--memory-limit"),
     ],
     "demo": ["--out", "--seed", "--threads"],
 }

@@ -8,7 +8,6 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
-import delta_cases as cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +21,10 @@ from protos.errors import WrongBaseError as WrongBase
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.delta import delta_cases as cases
+else:
+    import delta_cases as cases
 
 
 @pytest.fixture
@@ -212,7 +215,7 @@ def test_a_plan_that_does_not_fit_is_refused(case: cases.Case) -> None:
         {"stretches": [delta.Stretch(0, 0, 10), delta.Stretch(5, 0, 10)]},
     ):
         with pytest.raises(InvalidInputError, match="no delta"):
-            delta.encode(case.base, case.target, case.made, **options)  # type: ignore[arg-type]
+            delta.encode(case.base, case.target, case.made, **options)
 
 
 def test_a_delta_can_replace_its_own_base(case: cases.Case) -> None:

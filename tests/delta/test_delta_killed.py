@@ -9,7 +9,6 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-import delta_cases as cases
 import numpy as np
 import pytest
 
@@ -19,6 +18,10 @@ from protos.errors import IntegrityError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.delta import delta_cases as cases
+else:
+    import delta_cases as cases
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import delta_cases as cases
 import numpy as np
 import pytest
 import zstandard
@@ -18,6 +17,10 @@ from edge.delta.format import Kind
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.delta import delta_cases as cases
+else:
+    import delta_cases as cases
 
 BOUND = 32 << 10
 """KiB over an idle process."""
@@ -64,8 +67,8 @@ def big(tmp_path: Path) -> cases.Case:
     base = np.concatenate([cases.codes(5, rows * columns), scales.view(np.uint8)])
     tensor = delta.Tensor(0, rows, columns, rows * columns, 32)
     rng = np.random.default_rng(1)
-    factors = [rng.integers(-127, 128, (n, 64)).astype(np.int8) for n in (rows, columns)]
-    some = delta.Factors.of(*factors, np.full(64, 1e-9), 0.002)
+    left, right = (rng.integers(-127, 128, (n, 64)).astype(np.int8) for n in (rows, columns))
+    some = delta.Factors.of(left, right, np.full(64, 1e-9), 0.002)
     target = base.copy()
     target[: tensor.size] = cases.nudged(base[: tensor.size], 6, 0.15)
     return cases.Case.of(

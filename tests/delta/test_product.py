@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import delta_cases as cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +14,10 @@ from protos.errors import IntegrityError, InvalidInputError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.delta import delta_cases as cases
+else:
+    import delta_cases as cases
 
 
 @settings(max_examples=8, deadline=None)

@@ -85,8 +85,8 @@ def test_evidence_with_a_missing_field_is_rejected(
 
 def test_unknown_roles_are_rejected(store: EvidenceStore, demonstrate: Demonstrate) -> None:
     message = demonstrate()
-    message.messages.insert(0, device_pb2.ChatMessage(role="tool", content="x"))
-    assert "tool" in store.add([message])[0].reason
+    message.messages.insert(0, device_pb2.ChatMessage(role="wizard", content="x"))
+    assert "wizard" in store.add([message])[0].reason
 
 
 def test_demonstrations_come_in_the_order_they_were_made(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -117,6 +118,38 @@ def test_deltas_lead_from_the_last_two_releases_to_the_new_one(
         deltas.apply(base_path, store.blobs.path(delta.sha256), out)
         assert out.read_bytes() == target.read_bytes()
     assert release.delta_bytes == release.manifest.deltas[0].size < release.full_bytes / 20
+
+
+def test_products_make_the_delta_from_the_newest_release_small(
+    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They are no part of the release: a device further behind needs none of them."""
+    rows, columns, block = 512, 256, 64
+    size = rows * columns
+    names = ("codes", "uint8", [rows, columns], 0), ("codes.scales", "float32", [rows, 4], size)
+    keys = ("name", "dtype", "shape", "offset")
+    layout = json.dumps({"tensors": [dict(zip(keys, n, strict=True)) for n in names]})
+    tensor = deltas.Tensor(0, rows, columns, size, block)
+    rng = np.random.default_rng(0)
+    left, right = (rng.integers(-99, 99, (n, 4)).astype(np.int8) for n in (rows, columns))
+    update = deltas.Update(tensor, 0, deltas.Factors.of(left, right, np.full(4, 1e-7), 0.001))
+    scales = np.full((rows, columns // block), 0.001, np.float32)
+    codes = rng.integers(1, 256, (rows, columns)).astype(np.uint8)
+    store = open_store()
+    for version, updates in enumerate(([], [], [update])):
+        bundle = make_bundle(f"v{version}")
+        if updates:
+            deltas.Product(update.factors, block).add(codes, scales.view(np.uint32), 0)
+        codes[0, version] ^= 1
+        (bundle / "student.json").write_text(layout)
+        (bundle / "weights.bin").write_bytes(codes.tobytes() + scales.tobytes())
+        release = publish(store, bundle, updates=updates)
+    newest, older = release.manifest.deltas
+    assert newest.size < older.size / 5
+    for delta, base in ((newest, "v1"), (older, "v0")):
+        base_path, out = tmp_path / "bundles" / base / "weights.bin", tmp_path / "out"
+        deltas.apply(base_path, store.blobs.path(delta.sha256), out)
+        assert out.read_bytes() == (bundle / "weights.bin").read_bytes()
 
 
 def test_an_older_base_is_served_when_asked_for(
