@@ -198,7 +198,8 @@ def test_a_device_loads_of_river_its_one_test_only() -> None:
 @given(st.lists(st.floats(-3, 3), max_size=60))
 def test_that_test_says_what_rivers_package_says(values: list[float]) -> None:
     settings: dict[str, Any] = {"min_instances": 1, "delta": 0.5, "threshold": 3.0, "mode": "up"}
-    ours, theirs = detector._page_hinkley()(**settings), drift.PageHinkley(**settings)
+    ours: Any = detector._page_hinkley()(**settings)
+    theirs: Any = drift.PageHinkley(**settings)
     for value in values:
         ours.update(value)
         theirs.update(value)
