@@ -32,6 +32,9 @@ class Kind(StrEnum):
     FLAPPING = "flapping"  # it serves, takes the process down later, and often does not open again
 
 
+_KINDS = (Kind.GOOD,) * 3 + (Kind.BAD,) * 2 + (Kind.DEADLY, Kind.DISLIKED, Kind.FLAPPING)
+
+
 class Bug(Enum):
     """A fault planted in the simulated device or cloud; those in the rules are patched in."""
 
@@ -73,7 +76,7 @@ class Scenario:
     altered: float  # slots altered on the disk, of a device
     skew: float  # of clocks, in seconds
     orders: float  # interventions of people
-    releases: int
+    kinds: tuple[Kind, ...]  # of its releases, one after another
     demonstrations: float  # of a device
 
 
@@ -109,7 +112,7 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
         altered=some(0.3, 2.0),
         skew=some(0.4, 3600.0),
         orders=some(0.5, 6.0),
-        releases=random.choice((1, 2, 2, 3, 4)),
+        kinds=tuple(random.choices(_KINDS, k=random.choice((1, 2, 2, 3, 4)))),
         demonstrations=random.choice((0.0, 0.0, 2.0)),
     )
 

@@ -22,7 +22,6 @@ FACTORY = "factory"
 EVIL = "evil"
 _TICK_S = 10.0
 _QUIET_S = 20_000.0
-_KINDS = (Kind.GOOD,) * 3 + (Kind.BAD,) * 2 + (Kind.DEADLY, Kind.DISLIKED, Kind.FLAPPING)
 
 
 class World:
@@ -133,9 +132,9 @@ class World:
             ):
                 for at in times(random, mean, until=FAULTS_S):
                     self.plan(at, device, act)
-        for number in range(scenario.releases):
+        for number, kind in enumerate(scenario.kinds):
             at = random.uniform(0.0, FAULTS_S / 4) + number * random.choice((20.0, 80.0))
-            self.plan(at, None, partial(self._release, f"student-{number}", random.choice(_KINDS)))
+            self.plan(at, None, partial(self._release, f"student-{number}", kind))
         for at in times(random, scenario.cloud_crashes, until=FAULTS_S):
             self.plan(at, None, self.cloud.crash)
         for at in times(random, scenario.orders, until=FAULTS_S):
