@@ -8,7 +8,8 @@
    names another student, one that raises a drift alarm before the rollout is done, and one that
    keeps falling back to another student after its commit.
 4. The rollout halts when failures pass a count and a share, or when the open wave can no longer get
-   through. A failing release therefore never leaves its first wave.
+   through. A failing release therefore never leaves its first wave. It halts again when a person
+   resumed it, nobody is left to try, and those that failed did not come to it in their time.
 5. Devices that run the release's student already have committed; wave places go to them first.
 6. A device that appears when the rollout is done is told at once; rule 4 goes on holding.
 7. A newer release supersedes at any time. Aborting asks for a newer release with the content of the

@@ -30,6 +30,7 @@ from tests.simulator.simulator_scenario import Bug, Kind, Release
 from tests.simulator.simulator_time import DownError
 
 if TYPE_CHECKING:
+    from cloud.rollout.events import Command
     from edge.update import journal
     from edge.update.slots import Entry
     from tests.simulator.simulator_device import Device
@@ -161,7 +162,7 @@ class Cloud:
             )
         self._tell(commands)
 
-    def _tell(self, commands: list[machine.Command]) -> None:
+    def _tell(self, commands: list[Command]) -> None:
         for command in commands:
             if isinstance(command, SetTarget):
                 self._push(command.device)

@@ -170,7 +170,7 @@ class Device:
     # The watch stream.
 
     def _connect(self) -> None:
-        if self._connected:
+        if self._connected or self.serving is None:
             return
         self.world.connections += 1
         connection = self.connection = self.world.connections

@@ -10,6 +10,7 @@ import pytest
 
 from cloud.rollout import machine
 from edge.update import decide
+from edge.update.machine import advance
 from tests.simulator import simulator_cloud, simulator_ledger
 from tests.simulator.simulator_ledger import BrokenInvariantError
 from tests.simulator.simulator_scenario import Bug, draw
@@ -57,10 +58,7 @@ def _forgets_excuses(device: Device) -> str:
 
 def _probes_for_ever(*args: object, probe_starts: int, **kwargs: object) -> object:
     del probe_starts
-    return _ADVANCE(*args, probe_starts=0, **kwargs)  # type: ignore[arg-type]
-
-
-_ADVANCE = decide.advance
+    return advance(*args, probe_starts=0, **kwargs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
