@@ -128,16 +128,15 @@ class Ledger:
         """A restart read the stored state."""
         if found != self._stored:
             raise BrokenInvariantError(STORED, "a restart found another state")
+        self._recount(found)  # what the rules decided last may never have been stored
 
     def steps(
         self, before: Rollout, event: Event, after: Rollout, changed: list[state.Device]
     ) -> None:
         """The rules led from one state to another one."""
         if after.version != before.version:
-            self._standing.clear()
-            self._count.clear()
             self._told.clear()
-            changed = list(after.devices.values())
+            self._recount(after)
         if isinstance(event, Resume):
             self._told.clear()  # what failed gives its places to others
         for device in changed:
@@ -150,6 +149,12 @@ class Ledger:
             raise BrokenInvariantError(
                 LIMIT, f"{after.stable} is called good, and nobody served it"
             )
+
+    def _recount(self, after: Rollout) -> None:
+        self._standing.clear()
+        self._count.clear()
+        for device in after.devices.values():
+            self._note(after, device)
 
     def _note(self, after: Rollout, device: state.Device) -> None:
         if device.health is Health.COMMITTED and device.name not in self._served_by[after.student]:
