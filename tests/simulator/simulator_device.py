@@ -60,8 +60,10 @@ class Device:
         disk, pointer = self.disk, self.disk.pointer
         for entry in (pointer.current, pointer.previous):
             if entry is not None and self.opens(entry):
-                if entry != pointer.current and not disk.full:
-                    disk.pointer = Pointer(entry, None)
+                if entry != pointer.current:
+                    self.world.strike(self)
+                    if not disk.full:
+                        disk.pointer = Pointer(entry, None)
                 break
         else:
             entry = Entry(self.bundle, 0)
@@ -106,6 +108,8 @@ class Device:
             damaged = self.world.random.choice(entries).student
             self.world.log("{}: slot {} is altered on the disk", self.name, damaged)
             self.disk.slots[damaged] = False
+            if self.world.random.random() < 0.7:  # what damages disks ends processes, too
+                self.crash()
 
     def fill(self) -> None:
         """The disk is full for a while."""

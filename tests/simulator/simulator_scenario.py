@@ -10,7 +10,7 @@ from typing import Any
 from cloud.rollout.state import Plan
 
 START = 1_800_000_000.0
-FAULTS_S = 240.0
+FAULTS_S = 200.0
 """How long faults last, in seconds; releases begin and people intervene in this time."""
 
 PLANS: tuple[tuple[int | float | str, ...], ...] = (
@@ -83,7 +83,7 @@ class Scenario:
 def draw(seed: int, *, devices: int | None = None) -> Scenario:
     """The scenario of a seed.
 
-    Few devices show nearly all that many show, and cost little: one scenario in forty has dozens,
+    Few devices show nearly all that many show, and cost little: one scenario in sixty has dozens,
     one in five hundred has hundreds.
     """
     random = Random(seed)
@@ -93,9 +93,9 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
 
     size = random.random()
     if devices is None:
-        small = random.choice((1, 1, 2, 2, 3, 3, 4, 5))
+        small = random.choice((1, 1, 1, 2, 2, 2, 3, 3, 4, 5))
         dozens, hundreds = random.randint(8, 24), random.randint(100, 250)
-        devices = hundreds if size < 0.002 else dozens if size < 0.027 else small
+        devices = hundreds if size < 0.002 else dozens if size < 0.018 else small
     return Scenario(
         seed=seed,
         devices=devices,
@@ -109,10 +109,10 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
         impostor=some(0.4, 0.3),
         wrong_bytes=some(0.3, 0.5),
         full_disks=some(0.2, 1.0),
-        altered=some(0.3, 2.0),
+        altered=some(0.4, 3.0),
         skew=some(0.4, 3600.0),
         orders=some(0.5, 6.0),
-        kinds=tuple(random.choices(_KINDS, k=random.choice((1, 2, 2, 3, 4)))),
+        kinds=tuple(random.choices(_KINDS, k=random.choice((1, 2, 2, 3, 5)))),
         demonstrations=random.choice((0.0, 0.0, 2.0)),
     )
 

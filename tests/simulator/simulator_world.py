@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FACTORY = "factory"
 EVIL = "evil"
-_TICK_S = 10.0
+_TICK_S = 15.0
 _QUIET_S = 20_000.0
 
 
@@ -101,6 +101,11 @@ class World:
             return self.random.choice(older)
         return Release(version, EVIL, Kind.GOOD, signed=False)
 
+    def strike(self, device: Device) -> None:
+        """Impostors wait for a device that fell back: it runs less than it has taken before."""
+        if self._impostor:
+            self.plan(self.random.uniform(0.0, 3.0), device, partial(self._deceive, device))
+
     def part(self) -> None:
         """A range of a release's bytes."""
         self.cloud.part()
@@ -158,7 +163,9 @@ class World:
             self.cloud.curate()
 
     def _deceive(self, device: Device) -> None:
-        device.deceive(self.random.randint(0, len(self.cloud.releases) + 1))
+        newest = len(self.cloud.releases) + 1
+        serving = device.serving.release if device.serving is not None else 0
+        device.deceive(self.random.choice((serving + 1, self.random.randint(0, newest))))
 
     def _stop_faults(self) -> None:
         self.log("faults stop")

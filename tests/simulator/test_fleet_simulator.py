@@ -16,7 +16,7 @@ from tests.simulator.simulator_scenario import Kind, draw
 from tests.simulator.simulator_world import World, run
 
 SCENARIOS = 10_000
-THOUSANDS = 3000
+THOUSANDS = 2000
 _CHUNK = 500
 
 
