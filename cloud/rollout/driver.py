@@ -210,10 +210,10 @@ class RolloutDriver:
     def _save(self, before: Rollout, after: Rollout) -> None:
         known: list[dict[str, str]] = []
         new: list[dict[str, str]] = []
-        for name, device in after.devices.items():
-            if device is not before.devices.get(name):
-                row = {"channel": after.channel, "device": name, "body": dump_device(device)}
-                (known if name in before.devices else new).append(row)
+        for name in after.moved:
+            body = dump_device(after.devices[name])
+            row = {"channel": after.channel, "device": name, "body": body}
+            (known if name in before.devices else new).append(row)
         with write(self._engine) as session:
             session.merge(RolloutChannelRow(channel=after.channel, header=dump_header(after)))
             # In bulk: opening the last wave changes thousands of devices in one transaction.

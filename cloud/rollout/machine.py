@@ -8,7 +8,8 @@
    names another student, one that raises a drift alarm before the rollout is done, and one that
    keeps falling back to another student after its commit.
 4. The rollout halts when failures pass a count and a share, or when the open wave can no longer get
-   through. A failing release therefore never leaves its first wave.
+   through. A failing release therefore never leaves its first wave. It halts again when a person
+   resumed it, nobody is left to try, and those that failed did not come to it in their time.
 5. Devices that run the release's student already have committed; wave places go to them first.
 6. A device that appears when the rollout is done is told at once; rule 4 goes on holding.
 7. A newer release supersedes at any time. Aborting asks for a newer release with the content of the
@@ -21,6 +22,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cloud.rollout.census import standing
 from cloud.rollout.events import (
     Abort,
     Alarm,
@@ -42,7 +44,9 @@ from cloud.rollout.state import Content, Device, Health, Phase, Plan, Rollout, c
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
+
+    from cloud.rollout.census import Standing
 
 
 def step(state: Rollout, event: Event, now: float) -> tuple[Rollout, list[Command]]:
@@ -54,8 +58,9 @@ def step(state: Rollout, event: Event, now: float) -> tuple[Rollout, list[Comman
     Raises:
         InvalidInputError: a rollout of an older release than the present one is to begin.
     """
-    after = _progress(_apply(state, event, now), now)
-    if after == state:
+    still = replace(state, moved=()) if state.moved else state
+    after = _progress(_apply(still, event, now), now)
+    if after is still or after == state:
         return state, []
     everyone = (after.version, after.phase, after.stable) != (
         state.version,
@@ -64,8 +69,7 @@ def step(state: Rollout, event: Event, now: float) -> tuple[Rollout, list[Comman
     )
     commands: list[Command] = [
         SetTarget(name, after.target(name))
-        for name, device in after.devices.items()
-        if everyone or device is not state.devices.get(name)
+        for name in (after.devices if everyone else after.moved)
         if after.target(name) != state.target(name)
     ]
     if state.phase is not Phase.ABORTED and (content := after.rollback()) is not None:
@@ -89,19 +93,21 @@ def _apply(state: Rollout, event: Event, now: float) -> Rollout:
             after = _report(state, event, now)
         case Gone():
             device = state.devices.get(event.device)
-            after = state if device is None else _put(state, replace(device, online=False))
+            after = state if device is None else state.with_devices(replace(device, online=False))
         case Alarm():
             after = _alarm(state, event)
         case Tick():
-            after = _put(state, *(_expire(d, state.plan, now) for d in state.devices.values()))
+            after = state.with_devices(
+                *(_expire(d, state.plan, now) for d in state.devices.values())
+            )
         case Restarted():
-            after = _put(state, *(_unheard(d, now) for d in state.devices.values()))
+            after = state.with_devices(*(_unheard(d, now) for d in state.devices.values()))
         case _:
-            after = _order(state, event)
+            after = _order(state, event, now)
     return after
 
 
-def _order(state: Rollout, event: Pause | Resume | Abort) -> Rollout:
+def _order(state: Rollout, event: Pause | Resume | Abort, now: float) -> Rollout:
     live = state.phase in (Phase.RUNNING, Phase.DONE)
     match event:
         case Pause() if live:
@@ -109,17 +115,14 @@ def _order(state: Rollout, event: Pause | Resume | Abort) -> Rollout:
         case Resume() if state.phase is Phase.PAUSED:
             return replace(state, phase=Phase.RUNNING)
         case Resume() if state.phase is Phase.HALTED:
-            excused = (replace(d, excused=True) for d in state.devices.values() if d.failed)
-            return replace(_put(state, *excused), phase=Phase.RUNNING, reason="")
+            excused = (
+                replace(d, excused=True, told_at=now) for d in state.devices.values() if d.failed
+            )
+            return replace(state.with_devices(*excused), phase=Phase.RUNNING, reason="")
         case Abort() if live or state.phase in (Phase.PAUSED, Phase.HALTED):
             return replace(state, phase=Phase.ABORTED, reason=event.reason)
         case _:
             return state
-
-
-def _put(state: Rollout, *devices: Device) -> Rollout:
-    changed = {d.name: d for d in devices if state.devices.get(d.name) != d}
-    return replace(state, devices={**state.devices, **changed}) if changed else state
 
 
 def _begin(state: Rollout, event: Begin, now: float) -> Rollout:
@@ -157,6 +160,7 @@ def _begin(state: Rollout, event: Begin, now: float) -> Rollout:
         devices={
             d.name: _commit(d, now) if d.student == event.release.student else d for d in fresh
         },
+        moved=tuple(names),
     )
 
 
@@ -173,7 +177,7 @@ def _seen(state: Rollout, event: Seen, now: float) -> Rollout:
             device = _commit(device, now)
     elif device.health is Health.COMMITTED:
         device = _fell_back(device, state.plan, now)
-    return _put(state, device)
+    return state.with_devices(device)
 
 
 def _commit(device: Device, now: float) -> Device:
@@ -203,7 +207,7 @@ def _report(state: Rollout, event: Report, now: float) -> Rollout:
     if event.outcome is Outcome.COMMITTED:
         device = replace(device, release=event.release)
     if state.version == 0 or event.release != state.version:
-        return _put(state, device)
+        return state.with_devices(device)
     if event.outcome is Outcome.FAILED:
         device = replace(device, health=Health.FAILED, reason=event.detail)
     elif event.outcome is Outcome.COMMITTED and event.student != state.student:
@@ -211,7 +215,7 @@ def _report(state: Rollout, event: Report, now: float) -> Rollout:
         device = replace(device, health=Health.FAILED, reason=reason)
     elif event.outcome is Outcome.COMMITTED and device.health is not Health.COMMITTED:
         device = _commit(device, now)
-    return _put(state, device)
+    return state.with_devices(device)
 
 
 def _alarm(state: Rollout, event: Alarm) -> Rollout:
@@ -223,7 +227,9 @@ def _alarm(state: Rollout, event: Alarm) -> Rollout:
         or event.student != state.student
     ):
         return state
-    return _put(state, replace(device, health=Health.FAILED, reason="drift alarm on the release"))
+    return state.with_devices(
+        replace(device, health=Health.FAILED, reason="drift alarm on the release")
+    )
 
 
 def _unheard(device: Device, now: float) -> Device:
@@ -248,7 +254,7 @@ def _progress(state: Rollout, now: float) -> Rollout:
     while state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.DONE):
         if state.phase is not Phase.PAUSED:
             state = _admit(state, now)
-        if (reason := _why_halt(state)) is not None:
+        if (reason := _why_halt(state, now)) is not None:
             return replace(state, phase=Phase.HALTED, reason=reason)
         if state.phase is not Phase.RUNNING or not _is_through(state, now):
             return state
@@ -260,17 +266,20 @@ def _progress(state: Rollout, now: float) -> Rollout:
 
 def _admit(state: Rollout, now: float) -> Rollout:
     """Give the open wave's free places to devices that are online."""
-    candidates = [d for d in state.devices.values() if d.online and _is_candidate(state, d)]
+    room = state.plan.capacity(state.wave, len(state.devices)) - _count(state, _in_wave(state))
+    if room <= 0 or not _count(state, lambda s: s.online and s.candidate):
+        return state
+    candidates = [
+        d for d in state.devices.values() if d.online and standing(d, state.version).candidate
+    ]
     candidates.sort(
         key=lambda d: (
             d.health is not Health.COMMITTED,
             order(state.channel, state.version, d.name),
         )
     )
-    room = state.plan.capacity(state.wave, len(state.devices)) - len(_members(state))
-    admitted = candidates if room > len(candidates) else candidates[: max(0, int(room))]
-    return _put(
-        state,
+    admitted = candidates if room > len(candidates) else candidates[: int(room)]
+    return state.with_devices(
         *(
             replace(d, wave=state.wave)
             if d.health is Health.COMMITTED
@@ -280,18 +289,13 @@ def _admit(state: Rollout, now: float) -> Rollout:
     )
 
 
-def _is_candidate(state: Rollout, device: Device) -> bool:
-    # A device that is ahead of the cloud (which then lost releases) would refuse the release.
-    return (
-        device.wave is None
-        and device.health in (Health.WAITING, Health.COMMITTED)
-        and device.release <= state.version
-    )
+def _count(state: Rollout, which: Callable[[Standing], bool]) -> int:
+    return sum(n for s, n in state.census.items() if which(s))
 
 
-def _members(state: Rollout) -> list[Device]:
-    """The devices that count in the open wave."""
-    return [d for d in state.devices.values() if d.wave == state.wave and not d.excused]
+def _in_wave(state: Rollout) -> Callable[[Standing], bool]:
+    """Who counts in the open wave."""
+    return lambda s: s.counts and s.wave == state.wave
 
 
 def _needed(state: Rollout, members: int) -> int:
@@ -300,47 +304,78 @@ def _needed(state: Rollout, members: int) -> int:
     return max(1, min(plan.min_committed, members), ceil_share(plan.min_healthy_share, members))
 
 
-def _why_halt(state: Rollout) -> str | None:
+def _why_halt(state: Rollout, now: float) -> str | None:
     plan = state.plan
-    told = [d for d in state.devices.values() if d.wave is not None and not d.excused]
-    failed = [d for d in told if d.failed]
-    settled = len(failed) + _count(told, Health.COMMITTED)
-    if len(failed) >= plan.halt_failures and len(failed) >= plan.halt_share * settled:
-        return f"{len(failed)} of {settled} devices failed, {_example(failed)}"
-    members = _members(state)
-    failed = [d for d in members if d.failed]
-    possible = len(members) - len(failed)
-    if failed and not state.complete and possible < _needed(state, len(members)):
-        return (
-            f"wave {state.wave} cannot get through: {len(failed)} of its {len(members)} devices "
-            f"failed, {_example(failed)}"
-        )
-    return None
+    failed = _count(state, lambda s: s.counts and s.failed)
+    if failed:
+        settled = failed + _count(state, lambda s: s.counts and s.health is Health.COMMITTED)
+        if failed >= plan.halt_failures and failed >= plan.halt_share * settled:
+            return f"{failed} of {settled} devices failed, {_example(state, lambda s: s.counts)}"
+        in_wave = _in_wave(state)
+        members = _count(state, in_wave)
+        failed = _count(state, lambda s: in_wave(s) and s.failed)
+        if failed and not state.complete and members - failed < _needed(state, members):
+            return (
+                f"wave {state.wave} cannot get through: {failed} of its {members} devices failed, "
+                f"{_example(state, in_wave)}"
+            )
+    return _why_nobody(state, now)
+
+
+def _why_nobody(state: Rollout, now: float) -> str | None:
+    """After a person resumed: whether all failed already, and had time enough to come to it yet."""
+    if state.wave > 0 or state.complete:
+        return None
+    in_wave = _in_wave(state)
+    if _count(state, lambda s: in_wave(s) or s.candidate):
+        return None
+    tried = [d for d in state.devices.values() if d.failed]
+    if not tried or any(now - d.told_at <= state.plan.total_s for d in tried):
+        return None
+    failed = _example(state, lambda _: True)
+    return f"nobody is left to try: all {len(tried)} devices failed, {failed}"
 
 
 def _is_through(state: Rollout, now: float) -> bool:
-    members = _members(state)
+    in_wave = _in_wave(state)
+    members = _count(state, in_wave)
     if state.wave == state.plan.last:
-        told = (d for d in state.devices.values() if d.wave is not None and not d.excused)
+        if _count(state, lambda s: s.counts and s.health is not Health.COMMITTED and not s.failed):
+            return False
+        # A plan of one wave must not call a release good that nobody has taken.
+        if state.wave == 0 and not state.complete and not _is_proven(state, members, now):
+            return False
         return all(
-            d.failed or (d.health is Health.COMMITTED and _has_soaked(d, state, now)) for d in told
+            d.failed or _has_soaked(d, state, now)
+            for d in state.devices.values()
+            if d.wave is not None and not d.excused
         )
     if not members and state.wave > 0:
         # Nobody is left to wait for; else the wave waits for its first device to come online.
-        return not any(
-            d.health is Health.WAITING and _is_candidate(state, d) for d in state.devices.values()
-        )
-    soaked = sum(d.health is Health.COMMITTED and _has_soaked(d, state, now) for d in members)
-    return soaked >= _needed(state, len(members))
+        return not _count(state, lambda s: s.candidate and s.health is Health.WAITING)
+    return _is_proven(state, members, now)
+
+
+def _is_proven(state: Rollout, members: int, now: float) -> bool:
+    """Whether enough of the open wave's devices committed, and kept the release."""
+    in_wave, needed = _in_wave(state), _needed(state, members)
+    if _count(state, lambda s: in_wave(s) and s.health is Health.COMMITTED) < needed:
+        return False
+    soaked = sum(
+        d.wave == state.wave
+        and not d.excused
+        and d.health is Health.COMMITTED
+        and _has_soaked(d, state, now)
+        for d in state.devices.values()
+    )
+    return soaked >= needed
 
 
 def _has_soaked(device: Device, state: Rollout, now: float) -> bool:
     return now - max(device.committed_at, state.began_at) >= state.plan.soak_s
 
 
-def _count(devices: Iterable[Device], health: Health) -> int:
-    return sum(d.health is health for d in devices)
-
-
-def _example(failed: list[Device]) -> str:
-    return f"for instance {failed[0].name}: {failed[0].reason or 'no reason given'}"
+def _example(state: Rollout, which: Callable[[Standing], bool]) -> str:
+    failed = (d for d in state.devices.values() if d.failed)
+    one = next(d for d in failed if which(standing(d, state.version)))
+    return f"for instance {one.name}: {one.reason or 'no reason given'}"

@@ -5,20 +5,21 @@ The rules that change it are in :mod:`cloud.rollout.machine`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
+from cloud.rollout.census import Census, recount, take
 from protos.errors import IntegrityError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 SCHEMA: Final = 1
+_NOT_IN_HEADER: Final = ("devices", "census", "moved")
 REST: Final = "rest"
 
 
@@ -165,6 +166,27 @@ class Rollout:
     began_at: float = 0.0
     stable: Content | None = None  # the newest release before this one whose rollout was done
     devices: Mapping[str, Device] = field(default_factory=dict)
+    census: Census = field(default_factory=Census, compare=False, repr=False)
+    """Follows from ``devices``; only :meth:`with_devices` changes both."""
+    moved: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """The devices that the last event changed."""
+
+    def __post_init__(self) -> None:
+        if self.devices and not self.census:
+            object.__setattr__(self, "census", take(self.devices.values(), self.version))
+
+    def with_devices(self, *devices: Device) -> Rollout:
+        """With these devices in the place of those of the same names; itself if none changed."""
+        changed = {d.name: d for d in devices if self.devices.get(d.name) != d}
+        if not changed:
+            return self
+        census = recount(self.census, self.devices, changed.values(), self.version)
+        return replace(
+            self,
+            devices={**self.devices, **changed},
+            census=census,
+            moved=tuple(dict.fromkeys((*self.moved, *changed))),
+        )
 
     def target(self, name: str) -> int:
         """The version that a device should run; 0: nothing to do.
@@ -201,17 +223,15 @@ def order(channel: str, version: int, device: str) -> str:
 
 def dump_header(state: Rollout) -> str:
     """The state without its devices, as JSON."""
-    header = {
-        f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "devices"
-    }
-    header["plan"] = dataclasses.asdict(state.plan)
-    header["stable"] = state.stable and dataclasses.asdict(state.stable)
+    header = {n: value for n, value in vars(state).items() if n not in _NOT_IN_HEADER}
+    header["plan"] = vars(state.plan)
+    header["stable"] = state.stable and vars(state.stable)
     return json.dumps({"schema": SCHEMA, **header})
 
 
 def dump_device(device: Device) -> str:
     """One device as JSON."""
-    return json.dumps({"schema": SCHEMA, **dataclasses.asdict(device)})
+    return json.dumps({"schema": SCHEMA, **vars(device)})
 
 
 def load(header: str, devices: Iterable[str]) -> Rollout:

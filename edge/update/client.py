@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic
 
 from edge.link.policy import full_jitter
+from edge.update.decide import MAX_DISK_TRIES, MAX_STRIKES, enter, news
 from edge.update.fetch import Downloads
-from edge.update.journal import Journal, Record
-from edge.update.machine import RESTING, Action, Event, State, advance, count
+from edge.update.journal import Journal
+from edge.update.machine import RESTING, Action, Event, State
 from edge.update.metrics import UpdateMetrics
-from edge.update.slots import Entry, Slots
 from edge.update.work import Device, StudentT, Work
 from protos.errors import (
     AnabranchError,
@@ -39,14 +39,9 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from edge.update.plan import Download
+    from edge.update.slots import Entry, Slots
     from edge.update.transport import Transport
     from edge.update.trust import TrustedReleases
-
-MAX_STRIKES = 3
-"""Times that bytes of one update may be wrong, each for deltas and for full files."""
-
-MAX_DISK_TRIES = 10
-"""Times that a full or failing disk is tried in one state."""
 
 _log = logging.getLogger(__name__)
 _CUTTABLE = (Action.FETCH, Action.VERIFY, Action.APPLY, Action.PROBE)
@@ -113,6 +108,7 @@ class UpdateClient(Generic[StudentT]):
         self._backoff = (backoff_base_s, backoff_cap_s)
         self._changed = threading.Condition()
         self._target: int | None = None
+        self._wanted: int | None = None
         self._stopping = False
         self._resume = True
         self._heard = 0
@@ -192,23 +188,16 @@ class UpdateClient(Generic[StudentT]):
 
     def _advance(self, event: Event) -> Event | None:
         """Take one step: journal, then act. None when there is no more to do."""
-        record, before = self._record, self._record.state
-        step = advance(before, event, steps=record.steps, probe_starts=record.probe_starts)
-        record = replace(record, state=step.state, steps=count(record.steps, before, event, step))
-        if Action.BEGIN in step.actions:
+        if event is Event.TARGET:
             self._work.close_candidate()
-            record = self._begin(record)
-        if Action.REMEMBER in step.actions:
-            record = replace(record, failed=Entry(record.student, record.release))
-        if Action.PROBE in step.actions:
-            record = replace(record, probe_starts=record.probe_starts + 1)
-        if step.report is not None:
-            record = record.reporting(
-                step.report,
-                serving=self._work.serving.student,
-                delta_bytes=self._work.sizes()[0],
-                now_ms=int(self._clock() * 1000),
-            )
+        record, step = enter(
+            self._record,
+            event,
+            target=self._wanted,
+            serving=self._work.serving,
+            delta_bytes=self._work.sizes()[0],
+            now_ms=int(self._clock() * 1000),
+        )
         self._journal.write(record)
         self._record = record
         self._metrics.entered(step.state)
@@ -223,19 +212,6 @@ class UpdateClient(Generic[StudentT]):
                 following = self._perform(action)
         return Event.FINISHED if step.state is State.FAILED else following
 
-    def _begin(self, record: Record) -> Record:
-        """A clean sheet for the wanted release; what must last, lasts."""
-        return Record(
-            state=record.state,
-            release=self._target or 0,
-            base=self._work.serving,
-            steps=record.steps,
-            failed=record.failed,
-            floor=record.floor,
-            sequence=record.sequence,
-            reports=record.reports,
-        )
-
     def _tell(self, state: State) -> None:
         record = self._record
         if state is State.COMMITTED:
@@ -249,8 +225,8 @@ class UpdateClient(Generic[StudentT]):
         """Do an action until it leads somewhere; None when stopping."""
         waits = disk = 0
         while not self._stopping:
-            if action in _CUTTABLE and (news := self._news()) is not None:
-                return news
+            if action in _CUTTABLE and (heard := self._news()) is not None:
+                return heard
             moved = self._moved
             try:
                 event, self._record = self._do[action](self._record)
@@ -302,19 +278,11 @@ class UpdateClient(Generic[StudentT]):
 
     def _news(self) -> Event | None:
         """What the cloud's target means for what is going on."""
-        target, record = self._target, self._record
-        serving = self._work.serving.release
-        new = (
-            target is not None
-            and target > serving
-            and target >= record.floor
-            and target != record.failed.release
-        )
-        if record.state in RESTING:
-            return Event.TARGET if new else None
-        if target is None or target == record.release:
-            return None
-        return Event.TARGET if new else Event.WITHDRAWN
+        target = self._target
+        event = news(self._record, target=target, serving=self._work.serving.release)
+        if event is Event.TARGET:
+            self._wanted = target  # the one that was judged: another may be announced meanwhile
+        return event
 
     def _took(self, download: Download, size: int) -> None:
         self._moved += size

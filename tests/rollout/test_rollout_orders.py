@@ -9,6 +9,7 @@ import pytest
 
 from cloud.rollout.events import (
     Abort,
+    Gone,
     Outcome,
     Pause,
     Restarted,
@@ -237,3 +238,53 @@ def test_state_survives_json_and_damage_is_an_error_that_says_what_to_do() -> No
 def test_a_plan_that_makes_no_sense_is_refused(plan: dict[str, object]) -> None:
     with pytest.raises(InvalidInputError):
         Plan(**plan)  # type: ignore[arg-type] # wrong values are the point
+
+
+def test_a_resumed_rollout_with_nobody_left_to_try_halts_again() -> None:
+    fleet = Fleet("hall", plan=Plan(total_s=3600.0))
+    fleet.begin()
+    fleet.fails("hall")
+    fleet.does(Resume())
+    fleet.does(Tick(), after=3599)
+    assert fleet.phase() is Phase.RUNNING, "it may still commit"
+    fleet.does(Tick(), after=2)
+    assert fleet.phase() is Phase.HALTED
+    assert "nobody is left to try: all 1 devices failed" in fleet.state.reason
+    fleet.does(Resume())
+    fleet.does(Seen("attic", OLD, 1))
+    fleet.does(Tick(), after=100)
+    fleet.commits("attic")
+    assert fleet.phase() is Phase.DONE
+
+
+def test_a_device_that_flaps_when_it_was_excused_does_not_hold_the_rollout_up() -> None:
+    fleet = Fleet("hall", plan=Plan(max_flaps=1))
+    fleet.begin()
+    fleet.fails("hall")
+    fleet.does(Resume())
+    fleet.does(Gone("hall"))
+    fleet.commits("hall")
+    fleet.does(Seen("hall", OLD, 1))
+    assert fleet.health("hall") is Health.FAILED
+    fleet.does(Tick(), after=3601)
+    assert fleet.phase() is Phase.HALTED
+
+
+def test_resuming_does_not_make_a_release_good_that_nobody_took() -> None:
+    fleet = Fleet(*names(2), plan=Plan(waves=("rest",)))
+    fleet.begin()
+    fleet.fails(*names(2))
+    fleet.does(Resume())
+    assert fleet.phase() is Phase.RUNNING
+    fleet.commits(*names(2))
+    assert fleet.phase() is Phase.DONE
+
+
+def test_resuming_a_rollout_that_was_done_is_enough() -> None:
+    fleet = Fleet("hall", plan=Plan(waves=("rest",), max_flaps=1, halt_failures=1))
+    fleet.begin()
+    fleet.commits("hall")
+    fleet.does(Seen("hall", OLD, 1))
+    assert fleet.phase() is Phase.HALTED
+    fleet.does(Resume())
+    assert fleet.phase() is Phase.DONE

@@ -14,6 +14,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from cloud.rollout.census import take
 from cloud.rollout.events import (
     Abort,
     Alarm,
@@ -80,6 +81,10 @@ class Rollouts(RuleBasedStateMachine):
         self.state, commands = step(before, event, self.now)
         again, same_commands = step(reborn(before), event, self.now)
         assert (again, same_commands) == (self.state, commands), "a restart changes nothing"
+        if self.state is not before:
+            known = before.devices
+            moved = {n for n, d in self.state.devices.items() if known.get(n) != d}
+            assert moved <= set(self.state.moved), "only what moved is stored"
         for command in commands:
             if isinstance(command, SetTarget):
                 assert self.targets.get(command.device, 0) != command.release
@@ -171,6 +176,10 @@ class Rollouts(RuleBasedStateMachine):
             assert any(
                 d.wave == 0 and (d.committed_at or d.failed) for d in self.state.devices.values()
             )
+
+    @invariant()
+    def the_census_is_what_counting_anew_gives(self) -> None:
+        assert self.state.census == take(self.state.devices.values(), self.state.version)
 
     @invariant()
     def the_state_is_json(self) -> None:

@@ -252,3 +252,13 @@ def test_soaking_ends_with_time_alone() -> None:
     assert fleet.state.wave == 0
     fleet.does(Tick(), after=30)
     assert fleet.state.wave == 1
+
+
+def test_a_plan_of_one_wave_is_not_done_before_a_device_took_the_release() -> None:
+    fleet = Fleet(plan=Plan(waves=("rest",)))
+    fleet.begin(devices=("attic",))
+    fleet.does(Tick(), after=1e6)
+    assert fleet.phase() is Phase.RUNNING
+    fleet.does(Seen("attic", OLD, 1))
+    fleet.commits("attic")
+    assert fleet.phase() is Phase.DONE

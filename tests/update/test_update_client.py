@@ -407,3 +407,22 @@ def test_the_threads_update_and_stop(world: World) -> None:
     agent.client.stop()
     assert agent.check() == Entry(world.digests[1], 1)
     assert agent.client.status.state == "idle"
+
+
+def test_an_older_target_that_comes_between_judging_and_beginning_is_not_begun(
+    world: World,
+) -> None:
+    for n in (1, 2):
+        world.publish(n)
+    agent = world.agent()
+    agent.update()
+    world.publish(3)
+
+    def on_open() -> None:
+        del agent.hooks["open"]
+        agent.client.announce(4)  # supersedes release 3 during its probe...
+        agent.hooks["close"] = lambda: agent.client.announce(1)  # ...and right after, an older one
+
+    agent.hooks["open"] = on_open
+    agent.update()
+    assert agent.check() == Entry(world.digests[2], 2)

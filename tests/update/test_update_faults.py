@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edge.update.client import MAX_DISK_TRIES, MAX_STRIKES
+from edge.update.decide import MAX_DISK_TRIES, MAX_STRIKES
 from edge.update.slots import Entry
 from edge.update.transport import Piece
 from protos.errors import StorageError

@@ -49,7 +49,8 @@ class Reply:
 class TinyStudent:
     """Answers with a digest of its weights and of the question."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, on_close: Callable[[], object] = lambda: None) -> None:
+        self._on_close = on_close
         weights = (folder / "weights.bin").read_bytes()
         if len(weights) != WEIGHTS:
             msg = f"the student in {folder} cannot be opened: weights.bin is broken"
@@ -66,6 +67,7 @@ class TinyStudent:
         return Reply(hashlib.sha256(self._seed + text.encode()).hexdigest()[:12])
 
     def close(self) -> None:
+        self._on_close()
         self.closed = True
 
 
@@ -262,7 +264,7 @@ class Agent:
 
     def open(self, folder: Path) -> TinyStudent:
         self.hook("open")
-        self.opened.append(TinyStudent(folder))
+        self.opened.append(TinyStudent(folder, lambda: self.hook("close")))
         self.most_open = max(self.most_open, sum(not s.closed for s in self.opened))
         return self.opened[-1]
 
