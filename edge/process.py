@@ -124,6 +124,9 @@ def listening(text: str) -> Iterator[socket.socket]:
     except OSError as error:
         raise _cannot_listen(text, error) from error
     with listener:
+        # Connections inherit it; without, a kept connection waits 40 ms for the peer's delayed
+        # acknowledgement, since asyncio sets it only for sockets that were made for TCP by name.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
 
 

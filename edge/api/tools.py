@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_TOOLS = 128
+_REMEMBERED = 16 * 1024  # characters of a schema
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -104,11 +106,23 @@ def check_schema(schema: dict[str, Any], where: str, param: str) -> None:
         RequestError: it is none.
     """
     try:
-        Draft202012Validator.check_schema(schema)
-    except (SchemaError, RecursionError) as error:
-        reason = error.message if isinstance(error, SchemaError) else "too deep"
+        text = json.dumps(schema, sort_keys=True)
+        reason = (_fault if len(text) <= _REMEMBERED else _fault.__wrapped__)(text)
+    except RecursionError:
+        reason = "too deep"
+    if reason is not None:
         msg = f"{where} is not a JSON schema: {reason}"
-        raise RequestError(msg, param=param) from error
+        raise RequestError(msg, param=param)
+
+
+@functools.lru_cache(maxsize=64)
+def _fault(schema: str) -> str | None:
+    """What is wrong with a JSON schema; remembered, since clients send the same ones again."""
+    try:
+        Draft202012Validator.check_schema(json.loads(schema))
+    except SchemaError as error:
+        return error.message
+    return None
 
 
 def _encodable(text: str) -> bool:
