@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 SLICE = 64
 """Tokens of a prompt that a pass takes in, so that other requests need not wait for all of it."""
 
-_FIRST_GUESS, _LONGEST_GUESS = 4, 16
-
 
 class Run:
     """Decodes one answer, a pass at a time.
@@ -79,7 +77,6 @@ class Run:
         self._on_end = on_end
         self._closed = self._prefilled = False
         self._rng = np.random.default_rng(decoding.seed)
-        self._guess = _FIRST_GUESS
         # Forced tokens get rows only where somebody asks for their log-probabilities.
         self._fast = engine.exact and decoding.top_logprobs is None
         self._ready: list[Token] = []
@@ -135,9 +132,6 @@ class Run:
             self._on_prefilled(self)
         agreed = self._walk(dict(zip(rows, logits, strict=True)), draft)
         self.chat.truncate(length + agreed)
-        if draft:
-            full = agreed == len(draft)
-            self._guess = min(2 * self._guess, _LONGEST_GUESS) if full else max(agreed, 1)
 
     def _walk(self, rows: dict[int, Floats], draft: list[int]) -> int:
         """Choose along the rows while the draft agrees; returns how much of it did."""
@@ -157,23 +151,37 @@ class Run:
         room = self._limit - len(self.decoded) - 1  # the last row of a pass gives one for nothing
         if self._guesser is None or room < 1:
             return draft, forced
-        rest = self._guesser.guess(min(self._guess, room))
-        guide = self._guide
+        guide, likely = self._guide, 1.0
         while len(draft) < room and not (guide and guide.complete):
-            must = guide.forced()[: room - len(draft)] if guide else []
-            if must:
-                rest = rest[len(must) :] if rest[: len(must)] == must else []
-                forced.update(range(len(draft), len(draft) + len(must)))
-            elif rest and rest[0] not in self._eos and (guide is None or guide.fits(rest[0])):
-                must = [rest.pop(0)]
-            else:
+            more, share = self._guess(draft)
+            if not more:
                 break
-            draft += must
+            must: list[int] = []
             if guide:
+                guide.consume(more)
+                must = guide.forced()
                 guide.consume(must)
+            likely *= share
+            rows = len(more) + len(must) - (not draft and len(self._todo) == 1)
+            if likely * self._engine.worth <= (1 - likely) * rows:
+                if guide:
+                    guide.back(len(more) + len(must))
+                break
+            forced.update(range(len(draft) + len(more), len(draft) + len(more) + len(must)))
+            draft += [*more, *must]
         if guide:
             guide.back(len(draft))
-        return draft, forced
+        del draft[room:]
+        return draft, {i for i in forced if i < room}
+
+    def _guess(self, draft: Sequence[int]) -> tuple[list[int], float]:
+        """The next guess after a draft, as far as it may be, and how likely it is."""
+        assert self._guesser is not None  # noqa: S101 - as its caller found
+        guess = self._guesser.guess([*self.decoded, *draft])
+        if guess is None or guess.tokens[0] in self._eos:
+            return [], 0.0
+        fit = len(guess.tokens) if self._guide is None else self._guide.fitting(guess.tokens)
+        return guess.tokens[:fit], guess.likely
 
     def _choose(self, logits: Floats) -> list[int]:
         """Choose the next token; returns it and those forced after it, or none at the end."""
@@ -208,8 +216,6 @@ class Run:
 
     def _accept(self, token: Token) -> None:
         self.decoded.append(token.id)
-        if self._guesser is not None:
-            self._guesser.extend([token.id])
         if self._guide is not None:
             self._guide.consume([token.id])
         shown, stopped = self._emission.add(token)

@@ -13,6 +13,7 @@ prefix may come from a cache and tokens may be guessed ahead without a change to
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ _SPIN_US = "20"
 _GRAIN = 256  # buffers grow by so many positions, so that short chats take little memory
 _TRIAL = 32  # tokens by which exactness is tried
 _CUTS = (7, 2, 1, 4, 1, 9, 3, 5)
+_TIMES = 3
+_WORTHS = (1.0, 16.0)
 
 
 class KeyValues:
@@ -90,6 +93,7 @@ class Engine:
         self._session: ort.InferenceSession | None = session
         self._config = config
         self._exact: bool | None = None
+        self._worth: float | None = None
 
     def close(self) -> None:
         """Free the session's memory; no pass is possible after that."""
@@ -138,8 +142,7 @@ class Engine:
         """
         if self._exact is None:
             length = min(_TRIAL, self._config["context_length"])
-            spread = self._config["vocabulary"] // (length + 1)
-            text = [1 + spread * i for i in range(length)]
+            text = self._trial_text(length)
             whole = self.forward(self.open_chat(), text, range(length))
             chat, parts, start = self.open_chat(), [], 0
             for cut in _CUTS:
@@ -149,6 +152,31 @@ class Engine:
                 start += cut
             self._exact = np.array_equal(whole, np.concatenate(parts))
         return self._exact
+
+    @property
+    def worth(self) -> float:
+        """How many rows cost as much as what a pass costs besides its rows.
+
+        Measured once: weights are read once a pass, so it is small where arithmetic is slow (2 on
+        x86 with AVX2) and large where memory is. It decides how boldly to guess, not what is said.
+        """
+        if self._worth is None:
+            length = min(_TRIAL, self._config["context_length"])
+            text, seconds = self._trial_text(length), dict[int, float]()
+            for rows in (2, length) * _TIMES:
+                chat, start = self.open_chat(), time.perf_counter()
+                self.forward(chat, text[:rows], range(rows))
+                took = time.perf_counter() - start
+                seconds[rows] = min(took, seconds.get(rows, took))
+            row = (seconds[length] - seconds[2]) / (length - 2)
+            least, most = _WORTHS
+            worth = (seconds[2] - 2 * row) / row if row > 0 else most
+            self._worth = min(max(worth, least), most)
+        return self._worth
+
+    def _trial_text(self, length: int) -> list[int]:
+        spread = self._config["vocabulary"] // (length + 1)
+        return [1 + spread * i for i in range(length)]
 
     @property
     def session(self) -> ort.InferenceSession:

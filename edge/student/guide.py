@@ -166,9 +166,9 @@ class Guide:
             msg = f"the grammar does not allow the tokens {list(tokens)}"
             raise GrammarError(msg)
 
-    def fits(self, token: int) -> bool:
-        """Whether ``token`` may follow."""
-        return not self.complete and bool(self._matcher.validate_tokens([token]))
+    def fitting(self, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` may follow."""
+        return 0 if self.complete else int(self._matcher.validate_tokens(list(tokens)))
 
     def back(self, count: int) -> None:
         """Go back by ``count`` tokens."""

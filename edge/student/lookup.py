@@ -1,63 +1,232 @@
-"""Guess the next tokens: from the prompt, and from answers of the past.
+"""Guess the next tokens, from the prompt and from answers of the past.
 
 What the latest tokens were followed by before, they may be followed by again (prompt lookup
-decoding). A guess costs little and changes nothing: the student checks each token of it.
+decoding). Answers of one skill share more than tokens: they have the same shape, filled with words
+of the request. So past answers are kept as *shapes*, in which a run of words that stand in the
+request is one symbol, and a guess fills the shape with the words of this request. A guess changes
+nothing: the student checks each token of it. But a wrong one costs a row of a pass, so it is
+counted how often guesses of a kind are right.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import TYPE_CHECKING
+import re
+from collections import Counter, OrderedDict, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    Index = dict[tuple[int, ...], tuple[Sequence[int], int]]
+_COPY, _SPACED = -1, -2  # symbols: words of the request, without or with a space before
+_END = -3
+_ASKED = 256  # characters of a request that are looked at
+_ANSWERED = 64  # tokens of an answer that are looked at
+_LONGEST = 6  # symbols that are looked back
+_LOOKUP = (0.2, 0.5, 0.7)  # of guesses out of the prompt: by how many tokens they follow
+_NEW = 0.3  # observations that a context is worth which was not seen
+_NEAR = 3  # symbols beside which words of requests are counted
+_PRIOR = 0.3  # observations, of a word that was not seen
+_TRUST = 0.5  # words of a request are not independent: each counts half
+_WHOLE = 0.8  # of guesses how a word goes on that has begun
+_WORD = re.compile(r"\w+")
 
-_LONGEST = 4
-LEAD = 3
-"""Tokens before an answer that are kept with it: enough to know the beginning of any answer."""
+
+class Spelling(NamedTuple):
+    """Between tokens and text: the text of one token, and the tokens of a text."""
+
+    decode: Callable[[int], str]
+    encode: Callable[[str], list[int]]
+
+
+class Guess(NamedTuple):
+    """Tokens that may come next, all or none, and how likely that is: 0..1."""
+
+    tokens: list[int]
+    likely: float
+
+
+class Request:
+    """A request's text and where its words are; of a long one, the beginning."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text = text[:_ASKED]
+        self.spans = [m.span() for m in _WORD.finditer(text)]
+        self.vocabulary = {self.word(i).lower() for i in range(len(self.spans))}
+        self.begins = {begin: i for i, (begin, _) in enumerate(self.spans)}
+
+    def word(self, index: int) -> str:
+        """A word."""
+        begin, end = self.spans[index]
+        return self.text[begin:end]
+
+    def run(self, text: str, at: int) -> tuple[int, int]:
+        """The longest run of whole words that ``text`` has at ``at``, too; its last may be begun.
+
+        Returns:
+            Where it begins in the request, and its length in characters: 0 if there is none.
+        """
+        best = (0, 0)
+        for begin in self.begins:
+            if self.text[begin] != text[at]:
+                continue
+            length = _common(self.text[begin:], text[at:])
+            if at + length < len(text):
+                while length and not self._whole(begin, text, at, length):
+                    length -= 1
+            best = max(best, (begin, length), key=lambda run: run[1])
+        return best
+
+    def _whole(self, begin: int, text: str, at: int, length: int) -> bool:
+        ends = text[at + length - 1].isalnum() and not text[at + length].isalnum()
+        rest = self.text[begin + length : begin + length + 1]
+        return ends and not rest.isalnum()
+
+
+def _common(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+@dataclass
+class Shape:
+    """An answer as symbols.
+
+    Attributes:
+        symbols: tokens, and what stands for words of the request.
+        runs: where each run begins and ends in the request.
+        open: the answer ends with the last run.
+    """
+
+    symbols: list[int] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    open: bool = False
+
+
+def shape(request: Request, tokens: Sequence[int], decode: Callable[[int], str]) -> Shape:
+    """The shape of an answer to a request.
+
+    >>> words = {1: '"', 2: "hall", 3: " lamp", 4: '"}'}
+    >>> shape(Request("hall lamp on"), [1, 2, 3, 4], words.__getitem__).symbols
+    [1, -1, 4]
+    """
+    pieces = [decode(t) for t in tokens]
+    text = "".join(pieces)
+    at, places = 0, {}
+    for i, piece in enumerate(pieces):
+        places[at] = i
+        at += len(piece)
+    places[at] = len(pieces)
+    made, i, at = Shape(), 0, 0
+    while i < len(pieces):
+        spaced = pieces[i].startswith(" ")
+        first = at + spaced
+        begin = length = 0
+        if text[first : first + 1].isalnum() and not text[first - 1 : first].isalnum():
+            begin, length = request.run(text, first)
+        end = places.get(first + length)
+        if length and end is not None:
+            made.symbols.append(_SPACED if spaced else _COPY)
+            made.runs.append((begin, begin + length))
+            made.open = end == len(pieces)
+            at, i = first + length, end
+        else:
+            made.symbols.append(tokens[i])
+            made.open = False
+            at, i = at + len(pieces[i]), i + 1
+    return made
 
 
 class PastAnswers:
-    """The latest different answers, as tokens.
+    """The latest different answers, with what was asked.
 
     Args:
+        spelling: of the student's tokens.
         limit: how many are kept.
     """
 
-    def __init__(self, limit: int = 128) -> None:
+    def __init__(self, spelling: Spelling, limit: int = 128) -> None:
+        self.spelling = spelling
         self._limit = limit
-        self._answers: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._index: Index = {}
+        self._kept: OrderedDict[tuple[str, tuple[int, ...]], None] = OrderedDict()
+        self._follows: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        self._beside: dict[tuple[int, ...], Counter[str]] = defaultdict(Counter)
+        self._words: dict[str, Counter[str]] = defaultdict(Counter)
         self._stale = 0
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._kept)
 
-    def __iter__(self) -> Iterator[tuple[int, ...]]:
-        """Oldest first, each with the tokens before it."""
-        return iter(self._answers)
+    def __iter__(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """What was asked and the answer's tokens, oldest first."""
+        return iter(self._kept)
 
-    def add(self, lead: Sequence[int], answer: Sequence[int]) -> None:
-        """Keep an answer that came after the tokens ``lead``; it is the newest from now on."""
-        sequence = (*lead[-LEAD:], *answer)
+    def add(self, asked: str, answer: Sequence[int]) -> None:
+        """Keep an answer; it is the newest from now on."""
         if not answer:
             return
-        self._answers[sequence] = None
-        self._answers.move_to_end(sequence)
-        while len(self._answers) > self._limit:
-            self._answers.popitem(last=False)
+        pair = (asked[:_ASKED], tuple(answer[:_ANSWERED]))
+        if pair not in self._kept:
+            self._count(*pair)
+        self._kept[pair] = None
+        self._kept.move_to_end(pair)
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
             self._stale += 1
-        if self._stale > self._limit:  # the index still knows what has left
-            self._index, self._stale = {}, 0
-            for kept in self._answers:
-                _enter(self._index, kept, 1)
-        _enter(self._index, sequence, 1)
+        if self._stale > self._limit:  # the counts still know what has left
+            self._follows.clear()
+            self._beside.clear()
+            self._words.clear()
+            self._stale = 0
+            for kept in self._kept:
+                self._count(*kept)
 
-    def find(self, gram: tuple[int, ...]) -> tuple[Sequence[int], int] | None:
-        """Where ``gram`` last occurred: the sequence and the position after it."""
-        return self._index.get(gram)
+    def _count(self, asked: str, answer: tuple[int, ...]) -> None:
+        request = Request(asked)
+        made = shape(request, answer, self.spelling.decode)
+        for at, symbol in enumerate([*made.symbols, _END]):
+            for size in range(min(_LONGEST, at) + 1):
+                self._follows[tuple(made.symbols[at - size : at])][symbol] += 1
+            near = [*made.symbols[max(at - _NEAR, 0) : at], symbol]
+            self._beside[tuple(near)].update(request.vocabulary)
+        starts = {begin for begin, _ in made.runs}
+        for i, (begin, _) in enumerate(request.spans):
+            word = self._words[request.word(i)]
+            word["seen"] += 1
+            word["first"] += begin in starts
+            word["copied"] += any(b <= begin < e for b, e in made.runs)
+
+    def next(self, symbols: Sequence[int], request: Request) -> tuple[int, float] | None:
+        """What follows most often, and how likely it is.
+
+        A longer match counts for more; where several symbols may follow, the words of the request
+        speak for those beside which they were seen (naive Bayes).
+        """
+        likely: dict[int, float] = {}
+        for size in range(min(_LONGEST, len(symbols)) + 1):
+            seen = self._follows.get(tuple(symbols[len(symbols) - size :]))
+            if seen is None:
+                break
+            total = seen.total()
+            likely = {
+                s: (seen[s] + _NEW * likely.get(s, 0.0)) / (total + _NEW) for s in {*seen, *likely}
+            }
+        if not likely:
+            return None
+        if len(likely) > 1:
+            near = tuple(symbols[max(len(symbols) - _NEAR, 0) :])
+            often = self._follows.get(near, Counter())
+            for symbol in likely:
+                words, count = self._beside.get((*near, symbol), Counter()), often[symbol]
+                for word in request.vocabulary:
+                    likely[symbol] *= ((words[word] + _PRIOR) / (count + 2 * _PRIOR)) ** _TRUST
+        best = max(likely, key=likely.__getitem__)
+        return best, likely[best] / sum(likely.values())
+
+    def copies(self, word: str, part: str) -> float:
+        """How likely a word of a request is copied (``part``: ``copied``), or begins a run."""
+        seen = self._words.get(word, Counter())
+        return (seen[part] + 0.5) / (seen["seen"] + 1)
 
 
 class Guesser:
@@ -65,39 +234,68 @@ class Guesser:
 
     Args:
         prompt: its tokens.
+        asked: text of the request in it.
         past: answers of other chats.
     """
 
-    def __init__(self, prompt: Iterable[int], past: PastAnswers) -> None:
+    def __init__(self, prompt: Sequence[int], asked: str, past: PastAnswers) -> None:
         self._past = past
-        self._tokens: list[int] = []
-        self._index: Index = {}
-        self.extend(prompt)
+        self._request = Request(asked)
+        self._prompt = list(prompt)
+        self._index: dict[tuple[int, ...], int] = {}
+        for at in range(1, len(prompt)):
+            for size in range(1, min(len(_LOOKUP), at) + 1):
+                self._index[tuple(prompt[at - size : at])] = prompt[at]
 
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Take tokens that are certain."""
-        start = len(self._tokens)
-        self._tokens.extend(tokens)
-        _enter(self._index, self._tokens, max(start, 1))
+    def guess(self, answer: Sequence[int]) -> Guess | None:
+        """What may come after the tokens ``answer``."""
+        guesses = [self._from_prompt(answer), self._from_past(answer)]
+        return max((g for g in guesses if g), key=lambda g: g.likely, default=None)
 
-    def guess(self, count: int) -> list[int]:
-        """At most ``count`` tokens that may follow; one where a single token is all that is known.
+    def _from_prompt(self, answer: Sequence[int]) -> Guess | None:
+        tail = [*self._prompt[-len(_LOOKUP) :], *answer][-len(_LOOKUP) :]
+        for size in range(len(tail), 0, -1):
+            token = self._index.get(tuple(tail[-size:]))
+            if token is not None:
+                return Guess([token], _LOOKUP[size - 1])
+        return None
 
-        >>> guesser = Guesser([5, 6, 7, 8, 9, 5, 6, 7], PastAnswers())
-        >>> guesser.guess(2)
-        [8, 9]
-        """
-        for size in range(min(_LONGEST, len(self._tokens)), 0, -1):
-            gram = tuple(self._tokens[-size:])
-            found = self._index.get(gram) or self._past.find(gram)
-            if found is not None:
-                sequence, at = found
-                return list(sequence[at : at + (count if size > 1 else 1)])
-        return []
+    def _from_past(self, answer: Sequence[int]) -> Guess | None:
+        spelling, request = self._past.spelling, self._request
+        made = shape(request, answer[-_ANSWERED:], spelling.decode)
+        likely = 1.0
+        if made.open:
+            end = made.runs[-1][1]
+            rest = _WORD.match(request.text, end)
+            if rest is not None and end not in request.begins:
+                return self._spelled(rest.group(), _WHOLE)
+            following = next((i for b, i in request.begins.items() if b >= end), None)
+            if following is not None:
+                goes_on = self._past.copies(request.word(following), "copied")
+                if goes_on >= 1 / 2:
+                    return self._spelled(request.text[end : request.spans[following][1]], goes_on)
+                likely = 1 - goes_on
+        found = self._past.next(made.symbols, request)
+        if found is None or found[0] == _END:
+            return None
+        symbol, share = found
+        if symbol in {_COPY, _SPACED}:
+            return self._copied(made, " " if symbol == _SPACED else "", likely * share)
+        return Guess([symbol], likely * share)
 
+    def _copied(self, made: Shape, space: str, likely: float) -> Guess | None:
+        """The word of the request that a run begins with."""
+        weights = {
+            i: self._past.copies(self._request.word(i), "first")
+            for i, (begin, _) in enumerate(self._request.spans)
+            if not any(b <= begin < e for b, e in made.runs)
+        }
+        if not weights:
+            return None
+        best = max(weights, key=weights.__getitem__)
+        likely *= weights[best] / sum(weights.values())
+        return self._spelled(space + self._request.word(best), likely)
 
-def _enter(index: Index, sequence: Sequence[int], start: int) -> None:
-    """Note of every token from ``start`` on what stands before it."""
-    for at in range(start, len(sequence)):
-        for size in range(1, min(_LONGEST, at) + 1):
-            index[tuple(sequence[at - size : at])] = (sequence, at)
+    def _spelled(self, text: str, likely: float) -> Guess | None:
+        tokens = self._past.spelling.encode(text)
+        return Guess(tokens, likely) if tokens else None

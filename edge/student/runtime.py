@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -11,7 +12,7 @@ from edge.student import bundle
 from edge.student.decode import SLICE, Run
 from edge.student.engine import Engine, open_session
 from edge.student.guide import Guides, schema_grammar
-from edge.student.lookup import LEAD, Guesser, PastAnswers
+from edge.student.lookup import Guesser, PastAnswers, Spelling
 from edge.student.prefix import PrefixCache
 from edge.student.tokens import Answer, Decoding, Emission, Token, surprise
 from protos.errors import ContextLengthError, IntegrityError
@@ -39,12 +40,12 @@ class Warmth:
     Attributes:
         system: the harness's system prompt.
         heads: messages at the beginning of prompts, the latest first.
-        answers: of the past, oldest first.
+        answers: of the past with what was asked, oldest first.
     """
 
     system: str
     heads: tuple[tuple[Message, ...], ...]
-    answers: tuple[str, ...]
+    answers: tuple[tuple[str, str], ...]
 
 
 def greedy(harness: Harness) -> Decoding:
@@ -74,7 +75,7 @@ class Student:
         self._eos = frozenset(self.config["eos"])
         self._engine = Engine(session, self.config)
         self._prefixes = PrefixCache(_CACHE_BYTES)
-        self._past = PastAnswers()
+        self._past = PastAnswers(Spelling(functools.cache(self._piece), self._tokens))
 
     @classmethod
     def open(cls, folder: Path, *, threads: int = 2) -> Self:
@@ -100,8 +101,7 @@ class Student:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, up to where the answer begins."""
-        ids: list[int] = self.tokenizer.encode(render(messages), add_special_tokens=False).ids
-        return ids
+        return self._tokens(render(messages))
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """How many tokens a chat takes before its answer."""
@@ -127,14 +127,14 @@ class Student:
             )
             raise ContextLengthError(msg)
         ahead = decoding.speculate and self._engine.exact
-        head = messages[:-1]
+        head, asked = messages[:-1], messages[-1].content if messages else ""
 
         def prefilled(run: Run) -> None:
             self._prefixes.keep_head(run.chat, self._head_tokens(ids), head)
 
         def ended(run: Run) -> None:
             if run.finish_reason is not None:
-                self._past.add(ids[-LEAD:], run.decoded)
+                self._past.add(asked, run.decoded)
             self._prefixes.keep_latest(run.chat)
 
         return Run(
@@ -144,7 +144,7 @@ class Student:
             limit=min(decoding.max_tokens, room),
             decoding=decoding,
             guide=self.guides.follow(decoding.grammar) if decoding.grammar else None,
-            guesser=Guesser(ids, self._past) if ahead else None,
+            guesser=Guesser(ids, asked, self._past) if ahead else None,
             eos=self._eos,
             emission=Emission(self._text, decoding.stop),
             on_prefilled=prefilled,
@@ -202,7 +202,7 @@ class Student:
 
     def warmth(self) -> Warmth:
         """What the next student should be warmed with."""
-        answers = tuple(self._text(ids[LEAD:]) for ids in self._past)
+        answers = tuple((asked, self._text(ids)) for asked, ids in self._past)
         return Warmth(self.harness.system, self._prefixes.heads, answers)
 
     def warm(self, warmth: Warmth) -> None:
@@ -213,13 +213,11 @@ class Student:
         """
         _ = self._engine.exact
         own = [self._swapped(m, warmth.system) for m in warmth.heads]
-        lead = self.encode([])[-LEAD:]
-        for text in warmth.answers:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            self._past.add(lead, ids)
+        for asked, text in warmth.answers:
+            self._past.add(asked, self._tokens(text))
         left = _WARMED
         for head in own:
-            ids = self.tokenizer.encode(render(head, answer=False), add_special_tokens=False).ids
+            ids = self._tokens(render(head, answer=False))
             left -= len(ids)
             if left < 0:
                 break
@@ -239,6 +237,13 @@ class Student:
         mark = self.tokenizer.token_to_id(IM_START)
         starts = [i for i, token in enumerate(ids) if token == mark]
         return starts[-2] if len(starts) > 1 else 0
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _piece(self, token: int) -> str:
+        return self._text([token])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

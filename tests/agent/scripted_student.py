@@ -75,7 +75,7 @@ class ScriptedStudent:
 
     def warmth(self) -> Warmth:
         assert not self.closed
-        return Warmth(self.harness.system, (), (self.digest,))
+        return Warmth(self.harness.system, (), (("", self.digest),))
 
     def warm(self, warmth: Warmth) -> None:
         self.warmed.append(warmth)

@@ -135,7 +135,7 @@ def test_a_swap_waits_for_those_that_run_and_goes_before_those_that_wait(live: i
         running = [asyncio.ensure_future(host.run(whole)) for _ in range(live)]
         swap = asyncio.ensure_future(host.swap(new))
         await until(lambda: host._incoming is not None)
-        assert new.warmed == [Warmth("You run a home.", (), ("a",))]
+        assert new.warmed == [Warmth("You run a home.", (), (("", "a"),))]
         assert host.student is old
         waiting = [asyncio.ensure_future(host.run(whole)) for _ in range(3)]
         assert {digest for digest, _ in await asyncio.gather(*running)} == {"a"}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge.student.engine import Engine
 from edge.student.guide import GrammarError, calls_grammar, closed, schema_grammar
-from edge.student.lookup import Guesser, PastAnswers
+from edge.student.lookup import Guess, Guesser, PastAnswers, Request, Spelling, shape
 from edge.student.runtime import Decoding, Student, Token
 from protos.prompt import Message, chat
 
@@ -261,24 +261,100 @@ def test_closing_looks_at_schemas_only() -> None:
     assert made["const"] == {"properties": {"x": 1}}
 
 
-def test_a_guess_is_what_followed_the_same_tokens_last_time() -> None:
-    past = PastAnswers(limit=2)
-    past.add([1, 2, 3], [10, 11, 12])
-    assert Guesser([9, 2, 3], past).guess(5) == [10, 11, 12]
-    past.add([1, 2, 3], [10, 20])
-    assert Guesser([9, 1, 2, 3], past).guess(5) == [10, 20]
-    own = Guesser([3, 10, 30, 31, 3, 10], past)
-    assert own.guess(2) == [30, 31]  # what this chat says goes first
-    own.extend([20, 99])
-    assert own.guess(5) == []
+PIECES = [
+    "",
+    '{"',
+    "on",
+    "off",
+    '":"',
+    "hall",
+    " lamp",
+    "porch",
+    '"}',
+    "itchen",
+    *'abcdefghijklmnopqrstuvwxyz{} ":',
+    " the",
+]
+
+
+def _spelled(text: str) -> list[int]:
+    tokens: list[int] = []
+    while text:
+        piece = max((p for p in PIECES if p and text.startswith(p)), key=len)
+        tokens.append(PIECES.index(piece))
+        text = text[len(piece) :]
+    return tokens
+
+
+SPELLING = Spelling(PIECES.__getitem__, _spelled)
+
+
+def test_a_guess_fills_the_shape_of_past_answers_with_words_of_the_request() -> None:
+    past = PastAnswers(SPELLING)
+    past.add("hall lamp please", _spelled('{"on":"hall lamp"}'))
+    guesser = Guesser([], "kitchen lamp please", past)
+    written: list[int] = []
+    while (guess := guesser.guess(written)) is not None:
+        written += guess.tokens
+    assert written == _spelled('{"on":"kitchen lamp"}')
+
+
+def test_the_words_of_a_request_decide_between_shapes() -> None:
+    past = PastAnswers(SPELLING)
+    for word in ("on", "off", "on", "off", "on"):
+        past.add(f"hall {word}", _spelled(f'{{"{word}":"hall"}}'))
+    opened = _spelled('{"')
+    for word in ("off", "on"):
+        guess = Guesser([], f"porch {word}", past).guess(opened)
+        assert guess is not None
+        assert guess.tokens == _spelled(word)
+        assert 1 / 2 < guess.likely < 1
+
+
+def test_words_that_were_never_copied_are_not_guessed() -> None:
+    past = PastAnswers(SPELLING)
+    for _ in range(2):
+        past.add("the hall", _spelled('{"on":"hall"}'))
+        past.add("the porch", _spelled('{"on":"porch"}'))
+    guess = Guesser([], "the kitchen", past).guess(_spelled('{"on":"'))
+    assert guess is not None
+    assert guess.tokens == _spelled("kitchen")
+
+
+def test_what_followed_in_the_prompt_is_guessed_where_no_answer_is_known() -> None:
+    guesser = Guesser([3, 5, 6, 7, 3, 5], "", PastAnswers(SPELLING))
+    assert guesser.guess([]) == Guess([6], pytest.approx(0.5))
+    assert guesser.guess([6]) == Guess([7], pytest.approx(0.7))
+    assert guesser.guess([9]) is None
+
+
+@given(
+    asked=st.lists(st.sampled_from(PIECES)).map("".join),
+    answer=st.lists(st.integers(1, len(PIECES) - 1), max_size=80),
+)
+def test_a_shape_says_all_of_an_answer(asked: str, answer: list[int]) -> None:
+    request = Request(asked)
+    made = shape(request, answer, PIECES.__getitem__)
+    runs, text = iter(made.runs), ""
+    for symbol in made.symbols:
+        if symbol > 0:
+            text += PIECES[symbol]
+        else:
+            begin, end = next(runs)
+            text += " " * (symbol == -2) + request.text[begin:end]
+    assert text == "".join(PIECES[t] for t in answer)
 
 
 def test_past_answers_are_bounded_and_different() -> None:
-    past = PastAnswers(limit=3)
+    past = PastAnswers(SPELLING, limit=3)
     for i in range(50):
-        past.add([1, 2, 3], [i % 5 + 10, 7])
-    assert list(past) == [(1, 2, 3, 12, 7), (1, 2, 3, 13, 7), (1, 2, 3, 14, 7)]
-    assert len(past._index) < 60
+        past.add(f"on {i % 5}", [i % 5 + 1, 7])
+    assert list(past) == [("on 2", (3, 7)), ("on 3", (4, 7)), ("on 4", (5, 7))]
+    assert len(past._follows) + len(past._beside) + len(past._words) < 60
+    past.add("on " * 1000, [1] * 1000)
+    asked, answer = list(past)[-1]
+    assert len(asked) <= 256
+    assert len(answer) <= 64
 
 
 def test_guesses_are_seen_in_the_number_of_passes(student: Student, passes: list[int]) -> None:
