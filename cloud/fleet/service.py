@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Gauge
 
 from cloud.releases.blobs import check_sha256
@@ -65,6 +66,7 @@ _OUTCOMES = {
     fleet_pb2.UPDATE_STATE_FAILED: Outcome.FAILED,
     fleet_pb2.UPDATE_STATE_INCONSISTENT: Outcome.FAILED,
 }
+SERVICE = fleet_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name
 _MAX_DETAIL = 500
 _MAX_VERSION = 2**63 - 1  # SQLite's numbers have a sign, the protocol's have none
 
@@ -271,6 +273,9 @@ def _report(request: fleet_pb2.UpdateReport) -> Report:
 async def serve(service: FleetService, *, listen: str) -> tuple[aio.Server, int]:
     """Start to serve on ``host:port``; port 0 takes a free one.
 
+    Health is served beside it (``grpc.health.v1``): for the whole server, and for the service by
+    its name. It answers from the event loop, so that an answer says that streams are served too.
+
     Stop it with ``await server.stop(grace)`` and then ``await service.drain()``. Watch streams do
     not end by themselves: a grace longer than running reads need is waited out in vain.
 
@@ -282,6 +287,9 @@ async def serve(service: FleetService, *, listen: str) -> tuple[aio.Server, int]
     """
     server = aio.server(options=SERVER)
     fleet_pb2_grpc.add_FleetServicer_to_server(service, server)
+    checks = health.aio.HealthServicer()
+    await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError as error:

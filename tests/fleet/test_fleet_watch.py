@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloud.fleet.service import serve
+from cloud.fleet.service import SERVICE, serve
 from cloud.rollout.state import Health, Phase
 from edge.update import trust
 from protos import grpc_options
@@ -241,6 +242,19 @@ def test_a_second_cloud_on_the_same_port_fails_at_once(cloud: Cloud) -> None:
     async def talk(_: fleet_pb2_grpc.FleetAsyncStub) -> None:
         with pytest.raises(UnavailableError, match="cannot listen"):
             await serve(cloud.service, listen=cloud.address)
+
+    cloud.run(talk)
+
+
+def test_health_is_answered_as_the_standard_says(cloud: Cloud) -> None:
+    async def talk(_: fleet_pb2_grpc.FleetAsyncStub) -> None:
+        async with aio.insecure_channel(cloud.address) as channel:
+            checks = health_pb2_grpc.HealthStub(channel)
+            for service in ("", SERVICE, "anabranch.v1.Fleet"):
+                reply = await checks.Check(health_pb2.HealthCheckRequest(service=service))
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            unknown = checks.Check(health_pb2.HealthCheckRequest(service="nonsense"))
+            assert (await fails(unknown))[0] is grpc.StatusCode.NOT_FOUND
 
     cloud.run(talk)
 
