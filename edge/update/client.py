@@ -350,6 +350,8 @@ class UpdateClient(Generic[StudentT]):
             except AnabranchError as error:
                 if not self._stopping:
                     _log.info("watching again later: %s", error)
+            except Exception:  # noqa: BLE001 # a fault of ours must not end all updates to come
+                _log.exception("watching stumbled; it begins again")
             self._pause(fails)
             fails += 1
 

@@ -24,6 +24,7 @@ from edge.delta.files import (
     TEMPORARY,
     AtomicFile,
     fsync_folder,
+    make_folder,
     set_aside,
     storage_errors,
     write_atomic,
@@ -67,7 +68,7 @@ class Slots:
         self._root = root
         self._file = root / "pointer.json"
         with storage_errors(f"creating {root}"):
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
 
     def folder(self, student: str) -> Path:
         """Where the bundle of ``student`` is, or would be."""
@@ -76,8 +77,7 @@ class Slots:
     def pointer(self) -> Pointer:
         """What the pointer says; one that cannot be read is set aside and reported."""
         try:
-            with storage_errors(f"reading {self._file}"):
-                raw = json.loads(self._file.read_bytes()) if self._file.exists() else None
+            raw = json.loads(self._file.read_bytes()) if self._file.exists() else None
             if raw is None:
                 return Pointer()
             if raw["version"] != _VERSION:
@@ -86,7 +86,7 @@ class Slots:
             return Pointer(
                 *(raw[k] and Entry(str(raw[k]["student"]), int(raw[k]["release"])) for k in _NAMES)
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             set_aside(self._file, str(error))
             return Pointer()
 
@@ -159,7 +159,7 @@ class Slots:
         except IntegrityError:
             self.build(student, {n: partial(copy, bundle / n) for n in FILES})
         entry = Entry(student, 0)
-        self.point(entry, None)
+        self._try_to_point(entry)
         return entry
 
     def start(
