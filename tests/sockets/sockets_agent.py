@@ -11,6 +11,7 @@ from protos import grpc_options
 HASTE = {
     "grpc.keepalive_time_ms": 1_000,
     "grpc.keepalive_timeout_ms": 1_000,
+    "grpc.http2.ping_timeout_ms": 1_000,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.min_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 500,
