@@ -1,4 +1,4 @@
-"""Disks that change what they were given, blocks that cannot be read: a device heals by fetching."""
+"""Disks that change what they hold, blocks that cannot be read: a device heals by fetching."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edge.delta.files import KEPT_ASIDE
-from edge.update.client import UpdateClient
 from edge.update.journal import Journal
 from edge.update.machine import Action, State
 from edge.update.slots import Entry
@@ -20,6 +19,7 @@ from protos.errors import (
 )
 
 if TYPE_CHECKING:
+    from edge.update.client import UpdateClient
     from tests.update.update_simulator import WEIGHTS, Agent, World
 else:
     from update_simulator import WEIGHTS, World
@@ -49,9 +49,10 @@ def stop_entering(agent: Agent, monkeypatch: pytest.MonkeyPatch, state: State) -
         if getattr(record, "state", None) is state:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Journal, "write", write_and_stop)
-        agent.update()
+        with pytest.raises(KeyboardInterrupt):
+            agent.update()
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "graph.onnx"])
@@ -254,6 +255,6 @@ def test_whatever_fails_in_a_state_a_device_serves_and_takes_the_next_release(
 
 
 def test_every_state_with_work_was_made_to_fail() -> None:
-    """Except RESTORE, whose failures are in ``test_update_client.py``, and CLEAN, which may fail."""
+    """Except RESTORE (``test_update_client.py``), and CLEAN, which may fail."""
     other = {Action.BEGIN, Action.REMEMBER, Action.RESTORE, Action.CLEAN}
     assert set(Action) - other == set(WORK)

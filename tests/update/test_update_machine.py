@@ -42,7 +42,7 @@ def test_the_page_about_updates_shows_the_table() -> None:
     shown = [line for line in page.splitlines() if line.startswith("| `")]
     rows = [
         f"| `{state.name}` | {event} | `{step.state.name}` | "
-        f"{', '.join(a.name for a in step.actions) or '–'} |"
+        f"{', '.join(a.name for a in step.actions) or '-'} |"
         for (state, event), step in TABLE.items()
     ]
     assert shown[-len(rows) :] == rows

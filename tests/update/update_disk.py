@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _CALLS = ("open", "write", "fsync", "ftruncate", "replace", "rename", "link", "unlink", "mkdir")
 _CALLS += ("rmdir",)
 _TAKES_SPACE = ("open", "write", "fsync", "link", "mkdir")
+_NAMES = ("replace", "rename", "link")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -52,12 +53,28 @@ class Call:
     """The transition that is being written to the journal; empty outside of the journal."""
 
 
+def faults_at(call: Call, before: Call | None) -> tuple[Fault, ...]:
+    """Faults that can come to something new at a call, after the one before it.
+
+    A power loss leaves something new when something was synced, or when a name is there whose bytes
+    were not.
+    """
+    faults = [Fault.KILLED, Fault.FAILS]
+    if call.name in _TAKES_SPACE:
+        faults.append(Fault.FULL)
+    if before is None or before.name == "fsync":
+        faults.append(Fault.POWER_LOST)
+    if before is not None and before.name in _NAMES:
+        faults.append(Fault.POWER_LOST_NAMES_KEPT)
+    return tuple(faults)
+
+
 class Disk:
     """The disk below ``root``, for the rest of this process.
 
     Args:
         root: the device's folder.
-        at: number of the call at which ``fault`` happens, from 1 on; 0: at none; -1: from the start.
+        at: number of the call at which ``fault`` happens, from 1 on; 0: at none; -1: before all.
         fault: what happens.
     """
 
@@ -72,15 +89,11 @@ class Disk:
         for name in _CALLS:
             setattr(os, name, partial(self._call, name, getattr(os, name)))
 
-    def _call(
-        self, name: str, real: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:  # noqa: ANN401 # as the functions of os that it stands for
+    def _call(self, name: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 # as what it stands for
         path = None if self._off else self._path(name, args, kwargs)
         if path is None:
             return real(*args, **kwargs)
-        self.calls.append(
-            Call(name, _DIGEST.sub("DIGEST", str(path)), self.state, self.writing)
-        )
+        self.calls.append(Call(name, _DIGEST.sub("DIGEST", str(path)), self.state, self.writing))
         if self._fault is not None and len(self.calls) == self._at:
             if name == "write":
                 real(args[0], bytes(args[1])[: len(args[1]) // 2])

@@ -1,4 +1,4 @@
-"""Devices that are killed, or fail, at every call that changes their disk, and what becomes of them.
+"""Devices that are killed, or fail, at every call that changes their disk, and what comes of it.
 
 Run by ``test_update_killed.py`` in a process of its own, which forks one child for each life of a
 device. Prints one JSON object for each fault: where it struck, and what the next lives came to.
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from edge.update.machine import Transition
-    from tests.update.update_disk import DEADLY, Call, Disk, Fault, die
+    from tests.update.update_disk import DEADLY, Call, Disk, Fault, die, faults_at
     from tests.update.update_scenarios import SCENARIOS, UNTIL_COMMIT, WHOLE, Ledger, Scenario
     from tests.update.update_simulator import Agent, World
 else:
-    from update_disk import DEADLY, Call, Disk, Fault, die
+    from update_disk import DEADLY, Call, Disk, Fault, die, faults_at
     from update_scenarios import SCENARIOS, UNTIL_COMMIT, WHOLE, Ledger, Scenario
     from update_simulator import World
 
@@ -327,12 +327,15 @@ def main(root: Path, part: int, parts: int) -> None:
     for beginning in beginnings(device, root):
         device.begin(beginning.folder)
         lived = in_child(partial(device.live, beginning.scenario))
+        before: Call | None = None
         for at, made in enumerate(lived["calls"], 1):
             call = Call(**made)
-            if call in seen and beginning.name not in WHOLE:
-                continue
+            known, faults = call in seen, faults_at(call, before)
             seen.add(call)
-            for fault in Fault if at % parts == part else ():
+            before = call
+            if (known and beginning.name not in WHOLE) or at % parts != part:
+                continue
+            for fault in faults:
                 wrong = strike(device, beginning, at, fault)
                 line = {"beginning": beginning.name, "at": at, "fault": fault.name, "wrong": wrong}
                 sys.stdout.write(json.dumps(made | line) + "\n")
