@@ -20,8 +20,8 @@ PING_EVERY_MS: Final = 60_000
 PING_TIMEOUT_MS: Final = 20_000
 """A ping without an answer for this long ends the connection.
 
-Set twice: in gRPC 1.85 only ``ping_timeout`` (a minute by default) ends one, be it of keepalive or to
-measure the line while data comes in; seen with its traces ``http2_ping`` and ``http_keepalive``.
+Set twice: in gRPC 1.85 only ``ping_timeout`` ends one, a minute by default, be it of keepalive or
+to measure the line while data comes in (seen with its traces ``http2_ping``, ``http_keepalive``).
 """
 PING_ALLOWED_EVERY_MS: Final = 30_000
 """The server hangs up on a device that pings more often; half of what a device does, for slack."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -170,6 +171,14 @@ class Home:
         """Bytes of the download that is under way, on the device's disk."""
         parts = (self._state / "downloads").glob("*.part")
         return sum(p.stat().st_size for p in parts)
+
+    def let_files_have(self, size: int = resource.RLIM_INFINITY) -> None:
+        """Let no file of the device's process become longer, as on a disk that is full."""
+        resource.prlimit(self._device.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def logged(self, text: str) -> bool:
+        """Whether the device has said something."""
+        return text in (self._folder / "device.log").read_text()
 
     def left_over(self) -> list[str]:
         """What an update must not leave on the device's disk."""

@@ -91,6 +91,18 @@ def test_a_slow_line_only_takes_longer(home: Home) -> None:
     assert not home.proxy.ahead
 
 
+def test_a_disk_that_is_full_for_a_while_holds_up_the_update_alone(home: Home) -> None:
+    before = home.fetched()
+    home.let_files_have(4 * CHUNK + 1)
+    release = home.release()
+    home.until(lambda: home.logged("File too large"))
+    answered = home.answered
+    home.until(lambda: home.answered > answered)
+    home.let_files_have()
+    home.until(lambda: home.serves(release))
+    assert home.fetched() - before <= release["bytes"]
+
+
 def test_a_device_killed_during_a_download_goes_on_where_it_was(home: Home) -> None:
     home.proxy.expect(Ahead(Trouble.STALL, 4 * CHUNK))
     release = home.release()
