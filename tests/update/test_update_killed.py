@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from edge.update.machine import TABLE, State
+from edge.update.machine import MAX_STEPS, RESTING, TABLE, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def strikes(folder: Path) -> Strikes:
+def told(folder: Path) -> Strikes:
     script = Path(__file__).with_name("update_killed.py")
     processes = []
     for part in range(_PARTS):
@@ -63,6 +63,11 @@ def strikes(folder: Path) -> Strikes:
         lines = (folder / str(part) / "said").read_text().splitlines()
         found.extend(json.loads(line) for line in lines)
     return found
+
+
+@pytest.fixture(scope="module")
+def strikes(told: Strikes) -> Strikes:
+    return [line for line in told if "fault" in line]
 
 
 def wrong(strikes: Strikes) -> str:
@@ -86,6 +91,16 @@ def test_a_fault_in_the_work_of_a_state_ends_well(strikes: Strikes, state: str) 
     here = [s for s in strikes if s["state"] == state and not s["writing"]]
     assert here or state in ("PROBING", "ROLLING_BACK")  # which only read, but for the journal
     assert not wrong(here)
+
+
+@pytest.mark.parametrize("state", [s for s in State if s not in RESTING])
+def test_a_device_that_is_killed_again_and_again_in_a_state_gets_out_of_it(
+    told: Strikes, state: State
+) -> None:
+    (endured,) = [line for line in told if line.get("endured") == state.name]
+    assert endured["wrong"] == ""
+    if state is not State.FETCHING:
+        assert endured["died"] <= MAX_STEPS
 
 
 def test_a_fault_before_the_first_journal_and_after_a_report_ends_well(strikes: Strikes) -> None:

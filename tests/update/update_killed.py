@@ -47,6 +47,7 @@ KILLED_IN = {
     State.FAILED: "a student that fails its probe",
     State.INCONSISTENT: "a rollback that fails",
 }
+ENOUGH = 3 * MAX_STEPS
 LAST = 3
 """A release that every device must be able to take in the end."""
 
@@ -61,6 +62,7 @@ class Beginning:
     name: str
     scenario: Scenario
     folder: Path
+    killed_in: State | None = None
 
 
 def in_child(life: Callable[[], object]) -> Any:  # noqa: ANN401 # whatever JSON holds
@@ -163,7 +165,7 @@ class Device:
             assert not agent.student.closed, "nobody serves"
         return {"calls": [asdict(call) for call in disk.calls]}
 
-    def die_in(self, scenario: Scenario, state: State) -> None:
+    def die_in(self, scenario: Scenario, state: State) -> object:
         """A life that ends as soon as the journal says ``state``."""
         write = Journal.write
 
@@ -175,6 +177,7 @@ class Device:
         setattr(Journal, "write", write_and_die)  # noqa: B010 # only this child's
         self._connect(self._published.target)
         self._start(scenario).update()
+        return {}
 
     def wear(self) -> None:
         """Let the journal have counted so many steps that something must be wrong."""
@@ -304,7 +307,7 @@ def beginnings(device: Device, root: Path) -> Iterator[Beginning]:
         folder = device.keep(root / state.name)
         # Who is killed in PROBING a second time has failed.
         after = replace(scenario, ends=(0, 1)) if state is State.PROBING else scenario
-        yield Beginning(f"{name}, killed in {state.name}", after, folder)
+        yield Beginning(f"{name}, killed in {state.name}", after, folder, state)
         if state in (State.PROBING, State.COMMITTED):
             device.begin(folder)
             in_child(device.alter)
@@ -318,13 +321,28 @@ def beginnings(device: Device, root: Path) -> Iterator[Beginning]:
             yield Beginning(f"{name}, killed in {state.name} too often", old, worn)
 
 
+def endure(device: Device, beginning: Beginning, state: State) -> dict[str, object]:
+    """Lives that all end as soon as the journal says ``state``, until one goes on."""
+    device.begin(beginning.folder)
+    # Only fetching may be begun for ever: a device that is switched off every night.
+    scenario = replace(beginning.scenario, ends=(1,) if state is State.FETCHING else (0,))
+    died = 0
+    while died < ENOUGH and in_child(partial(device.die_in, beginning.scenario, state)) is None:
+        died += 1
+    said = in_child(partial(device.survive, scenario))
+    return {"endured": state.name, "died": died, "wrong": str(said.get("error", ""))}
+
+
 def main(root: Path, part: int, parts: int) -> None:
     """Strike, look, tell: every call once, in the first beginning in which it is made."""
     logging.disable(logging.CRITICAL)
     gc.freeze()
     device = Device(root)
     seen: set[Call] = set()
-    for beginning in beginnings(device, root):
+    for number, beginning in enumerate(beginnings(device, root)):
+        state = beginning.killed_in
+        if state is not None and state not in RESTING and number % parts == part:
+            sys.stdout.write(json.dumps(endure(device, beginning, state)) + "\n")
         device.begin(beginning.folder)
         lived = in_child(partial(device.live, beginning.scenario))
         before: Call | None = None
