@@ -198,10 +198,14 @@ class Work(Generic[StudentT]):
         self._put_into_service(new)
         pointer = self._slots.pointer()
         if pointer.current != new:
-            # What a start would have opened: the base may have been found damaged meanwhile.
+            # What a start would have opened: the base may have been found damaged meanwhile, or
+            # have served out of the bundle.
             before = pointer.current or record.base
-            other = before.student != new.student
-            self._slots.point(new, before if other else pointer.previous)
+            if before.student == new.student:
+                self._slots.point(new, pointer.previous)
+            else:
+                there = self._slots.folder(before.student).is_dir()
+                self._slots.point(new, before if there else None)
         self._device.on_commit(manifest)
         return Event.FINISHED, replace(record, floor=max(record.floor, record.release))
 
