@@ -18,6 +18,7 @@ class UpdateMetrics:
     Attributes:
         fetched: bytes that came in, those thrown away included, by kind of download.
         updates: how updates ended.
+        expired: times that signed metadata was out of date by the clock here.
         unloads: students closed before their successors were open, for want of memory.
     """
 
@@ -40,6 +41,11 @@ class UpdateMetrics:
         self.unloads = Counter(
             "anabranch_update_unloads",
             "Students closed before their successors were open, for want of memory",
+            registry=registry,
+        )
+        self.expired = Counter(
+            "anabranch_update_expired",
+            "Times that the cloud's signed metadata was out of date by this device's clock",
             registry=registry,
         )
         for kind in ("delta", "file"):
