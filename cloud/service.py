@@ -112,8 +112,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         stack.callback(engine.dispose)
         evidence = EvidenceStore(engine, clock=time.time)
         repository = Repository(
-            folder=config.state / "tuf",
-            keys_folder=config.state / "keys",
+            state=config.state,
             clock=time.time,
             registry=registry,
             lifetimes=config.lifetimes,

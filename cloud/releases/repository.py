@@ -58,8 +58,7 @@ class Repository:
     def __init__(
         self,
         *,
-        folder: Path,
-        keys_folder: Path,
+        state: Path,
         clock: Callable[[], float],
         registry: CollectorRegistry,
         lifetimes: Lifetimes | None = None,
@@ -67,8 +66,8 @@ class Repository:
         """Open the repository, or make it with new keys where there has never been one.
 
         Args:
-            folder: ``STATE/tuf``.
-            keys_folder: ``STATE/keys``: the private keys that sign here.
+            state: the cloud's state folder: ``tuf/`` in it is the repository's, and what lies in
+                ``keys/`` can sign here.
             clock: seconds since the epoch.
             registry: where the expiry of each role goes.
             lifetimes: of what is signed from now on.
@@ -78,10 +77,11 @@ class Repository:
             IntegrityError: a file that cannot be made again is damaged.
             StorageError: the disk is full or failed.
         """
+        folder = state / "tuf"
         self._files = MetadataFiles(folder / "metadata")
         self._for_devices = folder / "root.json"
         self._ceremony = Ceremony(folder / "to-sign")
-        self._keys = keys_folder
+        self._keys = state / "keys"
         self._clock = clock
         self._lifetimes = lifetimes or Lifetimes()
         self._lock = threading.RLock()

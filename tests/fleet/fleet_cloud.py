@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.state import Plan
@@ -44,7 +44,7 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=self.engine,
-            signer=open_keys(folder / "keys"),
+            repository=Repository(state=folder, clock=lambda: 1e9, registry=self.registry),
             clock=lambda: 1e9,
             registry=self.registry,
         )

@@ -13,7 +13,7 @@ from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
 from cloud.jobs import Job, Jobs
 from cloud.policy import PolicyConfig
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.state import Phase
@@ -82,7 +82,7 @@ class Cloud:
         self.releases = ReleaseStore(
             folder=self.folder,
             engine=self.engine,
-            signer=open_keys(self.folder / "keys"),
+            repository=Repository(state=self.folder, clock=clock, registry=self.registry),
             clock=clock,
             registry=self.registry,
         )

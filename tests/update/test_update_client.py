@@ -9,19 +9,19 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge.student.bundle import digest
-from edge.update import trust
 from edge.update.slots import Entry
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from protos.v1 import release_pb2
-    from tests.update.update_simulator import KEY, WEIGHTS, Agent, World, raising
+    from tests.update.update_simulator import NOW, WEIGHTS, Agent, World, raising
+    from tests.update.update_repository import TufRepository
 else:
-    from update_simulator import KEY, WEIGHTS, Agent, World, raising
+    from update_simulator import NOW, WEIGHTS, Agent, World, raising
+    from update_repository import TufRepository
 
 
 @pytest.fixture
@@ -122,36 +122,30 @@ def test_a_release_with_the_same_student_only_moves_the_version(world: World) ->
     assert (agent.wiped, world.cloud.reads) == (["demonstration-1"], [])
 
 
-def test_a_manifest_by_another_key_is_refused(world: World) -> None:
-    stranger = Ed25519PrivateKey.from_private_bytes(b"s" * 32)
-    world.cloud.publish(1, world.bundles[1], key=stranger)
+def test_a_manifest_by_other_keys_is_refused(world: World) -> None:
+    ours, world.cloud.repository = world.cloud.repository, TufRepository(NOW, seed="strangers")
+    world.publish(1)
     agent = world.agent()
     agent.update()
     assert agent.check() == Entry(world.digests[0], 0)
-    assert "trusted key" in world.cloud.reports[-1].detail
+    assert "timestamp was signed by 0/1 keys" in world.cloud.reports[-1].detail
+    assert "--trust" in world.cloud.reports[-1].detail
     agent.update()
     assert world.cloud.told == ["fetching", "failed"]
+    world.cloud.repository = ours
     world.publish(2)
     agent.update()
     assert agent.check() == Entry(world.digests[2], 2)
 
 
-def test_an_expired_manifest_is_refused(world: World) -> None:
-    world.publish(1, change=lambda m: setattr(m, "expires_ms", 1))
-    agent = world.agent()
-    agent.update()
-    assert "expired" in world.cloud.reports[-1].detail
-    assert agent.check() == Entry(world.digests[0], 0)
-
-
 def test_an_old_manifest_for_a_new_release_is_refused(world: World) -> None:
-    world.publish(1)
+    manifest = world.publish(1)
     agent = world.agent()
     agent.update()
-    world.cloud.signed[2] = world.cloud.signed[1]
+    world.cloud.sign(2, manifest)
     world.cloud.target = 2
     agent.update()
-    assert "the manifest is of 1" in world.cloud.reports[-1].detail
+    assert "of release 2 says that it is of 1" in world.cloud.reports[-1].detail
     assert agent.check() == Entry(world.digests[1], 1)
 
 
@@ -227,7 +221,7 @@ def test_a_student_that_cannot_be_opened_fails_its_probe(world: World) -> None:
         m.student = digest(world.bundles[3])
 
     broken(manifest)
-    world.cloud.signed[1] = trust.sign_manifest(manifest.SerializeToString(), KEY)
+    world.cloud.sign(1, manifest)
     agent = world.agent()
     agent.update()
     assert world.cloud.told[-2:] == ["rolling_back", "failed"]
