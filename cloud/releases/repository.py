@@ -284,7 +284,8 @@ class Repository:
         meta = {"targets.json": self._files.metafile(self._targets)}
         snapshot, root = self._snapshot, [self._root.signed]
         if snapshot is None or snapshot.signed.meta != meta or self._stale(snapshot, now):
-            version = next_version(max(self._files.versions(SNAPSHOT), default=0), now)
+            before = max(self._files.versions(SNAPSHOT), default=0)
+            version = next_version(before, now)
             expires = self._lifetimes.expiry(SNAPSHOT, now)
             snapshot = Metadata(Snapshot(version=version, expires=expires, meta=meta))
             sign(snapshot, SNAPSHOT, signers, roots=root)

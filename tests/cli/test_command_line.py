@@ -7,14 +7,16 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from cloud.cli import main
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from edge.process import locked
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def test_help_of_a_command_names_its_options(anabranch: Anabranch, command: str)
     assert said == {*COMMANDS[command], "--help"}
 
 
-DEVICE = ("edge", "--state", "state", "--device", "kitchen", "--trust", "trusted.pem")
+DEVICE = ("edge", "--state", "state", "--device", "kitchen", "--trust", "root.json")
 CLOUD = ("cloud", "--state", "state", "--student", "nowhere")
 
 
@@ -110,7 +112,7 @@ CLOUD = ("cloud", "--state", "state", "--student", "nowhere")
         ((*CLOUD, "--grpc", "50051"), "'50051' is not an address"),
         ((*CLOUD, "--metrics", "host:port"), "'host:port' is not an address"),
         ((*CLOUD, "--channel", "a/b"), "channel 'a/b'"),
-        (DEVICE, "trusted.pem is not there: copy the cloud's keys/trusted.pem to it"),
+        (DEVICE, "root.json is not there: copy the cloud's tuf/root.json to it"),
         ((*DEVICE, "--broker", "1883"), "'1883' is not an address"),
         ((*DEVICE, "--cloud", "host:99999"), "'host:99999' is not an address"),
         ((*DEVICE, "--device", "+"), "device '+'"),
@@ -129,10 +131,9 @@ def test_what_a_person_can_mend_is_said_in_one_line(
 def test_a_device_without_a_student_says_how_to_get_one(
     anabranch: Anabranch, tmp_path: Path
 ) -> None:
-    keys = tmp_path / "keys"
-    open_keys(keys)
+    Repository(state=tmp_path / "cloud", clock=time.time, registry=CollectorRegistry())
     arguments = ("edge", "--state", str(tmp_path / "state"), "--device", "kitchen")
-    ended = anabranch(*arguments, "--trust", str(keys / "trusted.pem"))
+    ended = anabranch(*arguments, "--trust", str(tmp_path / "cloud" / "tuf" / "root.json"))
     assert "--student" in complaint(ended)
 
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from protos.v1 import release_pb2
-    from tests.update.update_simulator import NOW, WEIGHTS, Agent, World, raising
     from tests.update.update_repository import TufRepository
+    from tests.update.update_simulator import NOW, WEIGHTS, Agent, World, raising
 else:
-    from update_simulator import NOW, WEIGHTS, Agent, World, raising
     from update_repository import TufRepository
+    from update_simulator import NOW, WEIGHTS, Agent, World, raising
 
 
 @pytest.fixture
