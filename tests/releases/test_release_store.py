@@ -256,10 +256,15 @@ def test_a_publish_that_cannot_commit_leaves_nothing_visible(
         # What a full disk does, once the pages that are there are full.
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
     published = 1
-    with pytest.raises(StorageError):
+
+    def publish_until_it_is_full() -> None:
+        nonlocal published
         while published < 100:
             publish(store, make_bundle(f"more-{published}", changed=100 + published))
             published += 1
+
+    with pytest.raises(StorageError):
+        publish_until_it_is_full()
     with engine.begin() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
     latest = store.latest("home")
