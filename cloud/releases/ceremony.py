@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from tuf.api.metadata import Metadata, Root, Targets
 
-from cloud.releases.metadata import OFFLINE, ROLES, ROOT, SignedT, listed, load, missing, sign
+from cloud.releases.metadata import (
+    OFFLINE,
+    ROLES,
+    ROOT,
+    SignedT,
+    listed,
+    load,
+    missing,
+    missing_of_root,
+    sign,
+)
 from edge.delta.files import storage_errors, write_atomic
 from edge.update import manifest as manifests
 from protos.errors import IntegrityError, InvalidInputError
@@ -43,7 +53,7 @@ class Ceremony:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def stamps(self) -> tuple[int, ...]:
+    def stamps(self) -> tuple[tuple[int, ...], ...]:
         """Other numbers whenever somebody has written to what wants signatures."""
         return tuple(_stamp(self._folder / f"{role}.json") for role in OFFLINE)
 
@@ -105,8 +115,11 @@ def _write(path: Path, data: bytes) -> None:
         write_atomic(path, data)
 
 
-def _stamp(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+def _stamp(path: Path) -> tuple[int, ...]:
+    if not path.exists():
+        return ()
+    state = path.stat()
+    return (state.st_mtime_ns, state.st_ctime_ns, state.st_size)
 
 
 @dataclass(frozen=True)
@@ -175,12 +188,14 @@ def _roots(folder: Path) -> list[Root]:
 
 def _wanting(role: str, metadata: Metadata[Any], folder: Path) -> Wanting:
     roots = _roots(folder)
-    # A root wants the signatures of the one before and its own; targets those of the newest root.
-    judges = roots if role == ROOT else roots[-1:]
     signed = metadata.signed
+    if role == ROOT:
+        wanted = missing_of_root(metadata, before=roots[0])
+    else:
+        wanted = missing(roots[-1], role, metadata)
     lines = [f"{role} {signed.version}, expires {signed.expires:%Y-%m-%d}"]
     lines += _of_root(signed, roots[0]) if isinstance(signed, Root) else _of_targets(signed, folder)
-    return Wanting(role, tuple(lines), sum(missing(by, role, metadata) for by in judges))
+    return Wanting(role, tuple(lines), wanted)
 
 
 def _of_root(root: Root, before: Root) -> Iterator[str]:

@@ -6,6 +6,7 @@ No I/O but reading a file. Words are the specification's
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -99,6 +100,16 @@ def missing(by: Root, role: str, metadata: Metadata[SignedT]) -> int:
     return result.missing
 
 
+def missing_of_root(root: Metadata[Root], *, before: Root) -> int:
+    """Signatures that a root still needs for what it and the one before ask."""
+    payload, signatures = root.signed_bytes, root.signatures
+    results = [r.get_verification_result(ROOT, payload, signatures) for r in (before, root.signed)]
+    wanted = [r.missing for r in results]
+    # One signature counts for both where its key is in both.
+    both = len(results[0].unsigned.keys() & results[1].unsigned.keys())
+    return sum(wanted) - min(*wanted, both)
+
+
 def sign(
     metadata: Metadata[SignedT], role: str, signers: Iterable[Signer], *, roots: Iterable[Root]
 ) -> list[str]:
@@ -136,3 +147,11 @@ def next_version(before: int, now: float) -> int:
     (1700000000, 1700000001, 1)
     """
     return max(before + 1, int(now))
+
+
+def successor(root: Root, lifetimes: Lifetimes, now: float) -> Root:
+    """The root of the next version, with the same keys."""
+    new = copy.deepcopy(root)
+    new.version += 1
+    new.expires = lifetimes.expiry(ROOT, now)
+    return new

@@ -12,7 +12,6 @@ whole leaves what was published before, and the next :meth:`Repository.update` d
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,10 @@ from cloud.releases.metadata import (
     listed,
     listing,
     missing,
+    missing_of_root,
     next_version,
     sign,
+    successor,
     verified,
 )
 from edge.delta.files import write_atomic
@@ -123,7 +124,7 @@ class Repository:
             judge = root or self._root
             found = {}
             if root is not None:
-                found[ROOT] = sum(missing(by.signed, ROOT, root) for by in (self._root, root))
+                found[ROOT] = missing_of_root(root, before=self._root.signed)
             if targets is not None:
                 found[TARGETS] = missing(judge.signed, TARGETS, targets)
             return found
@@ -157,7 +158,7 @@ class Repository:
                     if metadata is not None:
                         sign(metadata, role, signers.values(), roots=roots)
                 # What people signed may be older than what is wanted by now: then once more.
-                if not self._publish(root, targets, signers.keys()):
+                if not self._publish(root, targets, now, signers.keys()):
                     break
             self._renew_online(now, list(signers.values()))
             self._lay_out(root, targets, read)
@@ -188,7 +189,7 @@ class Repository:
         self, wanted: Mapping[str, Blob], judge: Metadata[Root], now: float
     ) -> Metadata[Targets] | None:
         proposed = self._proposed()[1]
-        if proposed is not None and verified(self._root.signed, TARGETS, proposed):
+        if proposed is not None and self._may_replace(proposed, now):
             return proposed  # whatever is wanted by now: people have signed it
         needed = (
             not wanted.items() <= self._listed.items()
@@ -202,6 +203,11 @@ class Repository:
         before = max(self._targets.signed.version, proposed.signed.version if proposed else 0)
         expires = self._lifetimes.expiry(TARGETS, now)
         return Metadata(listing(wanted, version=next_version(before, now), expires=expires))
+
+    def _may_replace(self, targets: Metadata[Targets], now: float) -> bool:
+        """Whether targets are signed, and say something that those in force do not."""
+        news = listed(targets.signed) != self._listed or now >= self._renewal(self._targets)
+        return news and verified(self._root.signed, TARGETS, targets)
 
     def _lay_out(
         self,
@@ -234,6 +240,7 @@ class Repository:
         self,
         root: Metadata[Root] | None,
         targets: Metadata[Targets] | None,
+        now: float,
         here: Collection[str],
     ) -> bool:
         """Publish what is signed; whether anything was."""
@@ -245,11 +252,7 @@ class Repository:
                 if targets is not None and fits:
                     self._publish_targets(targets)
                 self._publish_root(root)
-        if (
-            targets is not None
-            and targets is not self._targets
-            and verified(self._root.signed, TARGETS, targets)
-        ):
+        if targets is not None and targets is not self._targets and self._may_replace(targets, now):
             self._publish_targets(targets)
         return before != (self._root, self._targets)
 
@@ -311,8 +314,8 @@ class Repository:
         role = metadata.signed.type
         if not verified(self._root.signed, role, metadata):
             msg = (
-                f"the key of {role} is not in {self._keys}: put it back, or devices believe nothing "
-                "any more once the metadata that they have expires"
+                f"the key of {role} is not in {self._keys}: put it back, or devices believe "
+                "nothing any more once the metadata that they have expires"
             )
             raise InvalidInputError(msg)
 
@@ -368,11 +371,3 @@ class Repository:
             if metadata is not None:
                 signed: Signed = metadata.signed
                 self._expires.labels(signed.type).set(signed.expires.timestamp())
-
-
-def successor(root: Root, lifetimes: Lifetimes, now: float) -> Root:
-    """The root of the next version, with the same keys."""
-    new = copy.deepcopy(root)
-    new.version += 1
-    new.expires = lifetimes.expiry(ROOT, now)
-    return new

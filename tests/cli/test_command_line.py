@@ -35,6 +35,8 @@ COMMANDS = {
             "--budget",
             "--min-new",
             "--max-base-kl",
+            "--timestamp-hours",
+            "--targets-days",
             "--threads",
         ),
     ],
@@ -42,6 +44,11 @@ COMMANDS = {
         *("--state", "--device", "--trust", "--student", "--channel", "--broker", "--cloud"),
         *("--listen", "--metrics", "--expected-corrections", "--threads", "--memory-limit"),
     ],
+    "keys new": [],
+    "keys list": ["--state"],
+    "keys change": ["--state", "--role", "--add", "--remove", "--threshold", "--days"],
+    "release list": ["--state"],
+    "release sign": ["--key"],
     "demo": ["--out", "--seed", "--threads"],
 }
 
