@@ -176,10 +176,10 @@ class Blobs:
 def check_sha256(text: str) -> str:
     """Return ``text`` if it is 64 lower-case hex digits; raise otherwise.
 
-    >>> check_sha256("../keys/signing.pem")
+    >>> check_sha256("../keys/root.pem")
     Traceback (most recent call last):
     ...
-    protos.errors.InvalidInputError: '../keys/signing.pem' is not a SHA-256: send 64 lower-case \
+    protos.errors.InvalidInputError: '../keys/root.pem' is not a SHA-256: send 64 lower-case \
 hex digits
     """
     if not _SHA256.fullmatch(text):

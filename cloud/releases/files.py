@@ -10,7 +10,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 
 from cloud.releases.metadata import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, load, verified
 from edge.delta.files import storage_errors, write_atomic
-from protos.errors import IntegrityError
+from protos.errors import IntegrityError, InvalidInputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +20,19 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"(timestamp|[1-9][0-9]{0,15}\.(root|targets|snapshot))\.json")
 _KEPT = 4  # versions of targets and snapshot: a device may be reading the ones before
 _HASHES = ["sha256"]
+
+
+def open_files(state: Path) -> MetadataFiles:
+    """The files of a cloud's state folder, for who looks at them beside it.
+
+    Raises:
+        InvalidInputError: there is no repository.
+    """
+    folder = state / "tuf" / "metadata"
+    if not folder.is_dir():
+        msg = f"{state} has no TUF repository yet: start `anabranch cloud` with it once"
+        raise InvalidInputError(msg)
+    return MetadataFiles(folder)
 
 
 class MetadataFiles:

@@ -9,11 +9,10 @@ from sqlalchemy import select
 
 from cloud.db import open_database, read
 from cloud.releases.blobs import Blob
-from cloud.releases.files import MetadataFiles
+from cloud.releases.files import open_files
 from cloud.releases.metadata import listed
 from cloud.releases.rows import ReleaseRows, path
 from cloud.releases.tables import ReleaseRow
-from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -44,13 +43,6 @@ class Known:
     state: str
 
 
-def _files(state: Path) -> MetadataFiles:
-    if not (state / "tuf" / "metadata").is_dir():
-        msg = f"{state} has no TUF repository yet: start `anabranch cloud` with it once"
-        raise InvalidInputError(msg)
-    return MetadataFiles(state / "tuf" / "metadata")
-
-
 def roles(state: Path) -> list[Role]:
     """The four roles of the repository in a state folder.
 
@@ -59,7 +51,7 @@ def roles(state: Path) -> list[Role]:
         IntegrityError: it is damaged.
         StorageError: the disk failed.
     """
-    files = _files(state)
+    files = open_files(state)
     root = files.root()
     found: list[Metadata[Any] | None] = [root, files.targets(root.signed)]
     found += [files.snapshot(), files.timestamp()]
@@ -84,7 +76,7 @@ def releases(state: Path) -> list[Known]:
         IntegrityError: it is damaged.
         StorageError: the disk failed.
     """
-    files = _files(state)
+    files = open_files(state)
     believed = listed(files.targets(files.root().signed).signed)
     engine = open_database(state / "cloud.sqlite")
     try:

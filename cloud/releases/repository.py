@@ -161,8 +161,10 @@ class Repository:
                 if not self._publish(root, targets, now, signers.keys()):
                     break
             self._renew_online(now, list(signers.values()))
-            self._lay_out(root, targets, read)
             self._show()
+            if self._ceremony.stamps() != seen[1]:
+                return  # somebody writes there at this moment: the next call looks at it
+            self._lay_out(root, targets, read)
             # As it is on the disk now; what was laid out by this call is not news for the next.
             self._seen = (*seen[:1], self._ceremony.stamps(), *seen[2:])
             self._due = min(self._renewals())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tuf.api.metadata import Metadata, Root
 
 from cloud.releases.ceremony import Ceremony
-from cloud.releases.files import MetadataFiles
+from cloud.releases.files import open_files
 from cloud.releases.metadata import ROLES, ROOT, TARGETS, Lifetimes, successor
 from edge.delta.files import storage_errors, write_atomic
 from protos.errors import InvalidInputError
@@ -49,16 +49,12 @@ def propose(state: Path, change: Change, *, lifetimes: Lifetimes, now: float) ->
         IntegrityError: the root in force is damaged.
         StorageError: the disk is full or failed.
     """
-    files = MetadataFiles(state / "tuf" / "metadata")
-    if not files.versions(ROOT):
-        msg = f"{state} has no TUF repository yet: start `anabranch cloud` with it once"
-        raise InvalidInputError(msg)
+    files = open_files(state)
     root = files.root().signed
     waiting = Ceremony(state / "tuf" / "to-sign").proposed(Root)
     goes_on = waiting is not None and waiting.signed.version == root.version + 1
     new = waiting.signed if waiting and goes_on else successor(root, lifetimes, now)
-    for role in change.roles:
-        _apply(new, role, change)
+    _apply(new, change)
     proposed = Metadata(new)
     folder = state / "tuf" / "to-sign"
     with storage_errors(f"proposing a root in {folder}"):
@@ -69,21 +65,33 @@ def propose(state: Path, change: Change, *, lifetimes: Lifetimes, now: float) ->
     return proposed
 
 
-def _apply(root: Root, role: str, change: Change) -> None:
-    if role not in ROLES:
-        msg = f"{role!r} is no role: give one of {', '.join(ROLES)}"
-        raise InvalidInputError(msg)
-    for key in change.add:
-        root.add_key(key, role)
-    for text in change.remove:
-        found = [k for k in root.roles[role].keyids if k.startswith(text) and len(text) >= _SHORT]
-        if len(found) != 1:
-            msg = f"{text!r} names no one key of {role}: `anabranch keys list` names them"
+def _apply(root: Root, change: Change) -> None:
+    for role in change.roles:
+        if role not in ROLES:
+            msg = f"{role!r} is no role: give one of {', '.join(ROLES)}"
             raise InvalidInputError(msg)
-        root.revoke_key(found[0], role)
-    threshold = change.threshold or root.roles[role].threshold
-    keys = len(root.roles[role].keyids)
-    if not 1 <= threshold <= keys:
-        msg = f"{role} would have {keys} keys, of which {threshold} must sign: add keys first"
-        raise InvalidInputError(msg)
-    root.roles[role].threshold = threshold
+        for key in change.add:
+            root.add_key(key, role)
+    for text in change.remove:
+        having = {role: _found(root, role, text) for role in change.roles}
+        if len(set().union(*having.values())) != 1:
+            msg = (
+                f"{text!r} names no one key of {', '.join(change.roles)}: `anabranch keys list` "
+                "names them"
+            )
+            raise InvalidInputError(msg)
+        for role, keys in having.items():
+            for keyid in keys:
+                root.revoke_key(keyid, role)
+    for role in change.roles:
+        threshold = change.threshold or root.roles[role].threshold
+        count = len(root.roles[role].keyids)
+        if not 1 <= threshold <= count:
+            msg = f"{role} would have {count} keys, of which {threshold} must sign: add keys first"
+            raise InvalidInputError(msg)
+        root.roles[role].threshold = threshold
+
+
+def _found(root: Root, role: str, text: str) -> set[str]:
+    known = root.roles[role].keyids
+    return {keyid for keyid in known if len(text) >= _SHORT and keyid.startswith(text)}

@@ -180,7 +180,7 @@ def test_deltas_are_served_and_counted_apart(cloud: Cloud) -> None:
     ("channel", "sha256", "code"),
     [
         ("home", "ab" * 32, grpc.StatusCode.NOT_FOUND),
-        ("home", "../keys/signing.pem", grpc.StatusCode.INVALID_ARGUMENT),
+        ("home", "../keys/root.pem", grpc.StatusCode.INVALID_ARGUMENT),
         ("home", "", grpc.StatusCode.INVALID_ARGUMENT),
         ("home", "AB" * 32, grpc.StatusCode.INVALID_ARGUMENT),
         ("../home", "ab" * 32, grpc.StatusCode.INVALID_ARGUMENT),

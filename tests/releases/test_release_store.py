@@ -485,3 +485,40 @@ def test_a_database_that_was_lost_leaves_the_files(
     )
     assert again.latest("home") is None
     assert publish(again, bundle, above=before.version).version == 2
+
+
+def test_releases_from_before_tuf_are_taken_over_once(
+    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path], engine: Engine
+) -> None:
+    store = open_store()
+    old = [publish(store, make_bundle("v1")), publish(store, make_bundle("v2", changed=9))]
+    before = [release.manifest.SerializeToString() for release in old]
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM manifests")
+        connection.exec_driver_sql("DELETE FROM release_blobs WHERE kind = 'manifest'")
+        connection.exec_driver_sql(
+            "CREATE TABLE releases (channel, version, student, signed, created_ms, withdrawn, "
+            "full_bytes, delta_bytes)"
+        )
+        for release, data in zip(old, before, strict=True):
+            size = len(data)
+            assert 128 <= size < 128 * 128  # two bytes of a varint
+            varint = bytes([0x80 | size & 0x7F, size >> 7])
+            connection.exec_driver_sql(
+                "INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *("home", release.version, release.student),
+                    *(b"\x0a" + varint + data + b"\x12\x02\x0a\x00", release.created_ms),
+                    *(release.version == 1, release.full_bytes, release.delta_bytes),
+                ),
+            )
+        connection.exec_driver_sql(
+            "INSERT INTO releases VALUES ('home', 3, '', x'0a7f00', 0, 0, 0, 0)"  # damaged
+        )
+    for _ in range(2):
+        store = open_store()
+        assert store.latest("home") == old[1]
+        assert [store.release("home", n).manifest.SerializeToString() for n in (1, 2)] == before
+        assert store.release("home", 1).withdrawn
+        assert store.find("home", 3) is None
+    assert publish(store, make_bundle("v3", changed=20)).version == 3

@@ -367,6 +367,17 @@ def test_a_root_whose_online_keys_are_not_here_is_not_taken_over(
     assert cloud.believes(1)
 
 
+def test_both_online_keys_are_replaced_by_one_change(cloud: Cloud) -> None:
+    cloud.release(1)
+    new = keys.make(cloud.state / "keys" / "online-2.pem").public_key
+    old = [*cloud.keys_of("snapshot"), *cloud.keys_of("timestamp")]
+    change = rotation.Change(roles=["snapshot", "timestamp"], add=[new], remove=old)
+    rotation.propose(cloud.state, change, lifetimes=Lifetimes(), now=cloud.now)
+    cloud.update()
+    assert {*cloud.keys_of("snapshot"), *cloud.keys_of("timestamp")} == {new.keyid}
+    assert cloud.believes(1)
+
+
 def test_changes_that_would_leave_nobody_are_refused(cloud: Cloud) -> None:
     for role, change, why in (
         ("mirror", {}, "no role"),
