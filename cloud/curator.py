@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-
 from cloud import jobs as job_rules
 from cloud.adapt import Spec
+from cloud.curator_metrics import CuratorMetrics
 from cloud.gate.gate import GateConfig
 from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.policy import PolicyConfig, Situation, decide
@@ -27,6 +26,8 @@ from protos.v1 import device_pb2, release_pb2
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
+
+    from prometheus_client import CollectorRegistry
 
     from cloud.evidence.store import EvidenceStore
     from cloud.jobs import Job, Jobs
@@ -56,55 +57,6 @@ class CuratorConfig:
     threads: int = 2
     probe_equal_share: float = 0.6
     probe_seconds: float = 30.0
-
-
-class _Metrics:
-    """What the curator shows."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.adaptations = Counter(
-            "anabranch_adaptations",
-            "Adaptation jobs that ended, by result",
-            ["channel", "result"],
-            registry=registry,
-        )
-        self.fraction = Gauge(
-            "anabranch_adaptation_phase_fraction",
-            "How far the running adaptation is, 0 to 1; 0 when none runs",
-            ["channel"],
-            registry=registry,
-        )
-        self.seconds = Gauge(
-            "anabranch_sdft_seconds",
-            "Seconds that the last adaptation's training took",
-            ["channel"],
-            registry=registry,
-        )
-        self.memory = Gauge(
-            "anabranch_adaptation_peak_bytes",
-            "The most memory that the last adaptation took",
-            ["channel"],
-            registry=registry,
-        )
-        self.teacher = Gauge(
-            "anabranch_teacher_lead_nats",
-            "The teacher's lead over the student on held-out demonstrations, nats a token",
-            ["channel"],
-            registry=registry,
-        )
-        labels = ["channel", "check"]
-        self.value = Gauge(
-            "anabranch_gate_value", "What the gate last measured", labels, registry=registry
-        )
-        self.bound = Gauge(
-            "anabranch_gate_bound", "The bound it was held against", labels, registry=registry
-        )
-        self.unlearned = Gauge(
-            "anabranch_demonstrations_unlearned",
-            "Demonstrations worth learning that no release has learnt",
-            ["channel"],
-            registry=registry,
-        )
 
 
 class Curator:
@@ -143,7 +95,7 @@ class Curator:
         self._driver = driver
         self._jobs = jobs
         self._config = config
-        self._metrics = _Metrics(registry)
+        self._metrics = CuratorMetrics(registry)
         self._reason = ""
         self._started: dict[str, int] = {}
         self._ended = {job.name for job in jobs.all() if job.result is not None}

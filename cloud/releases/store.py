@@ -9,7 +9,6 @@ signed (:attr:`Release.signed`).
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,10 +17,10 @@ from prometheus_client import Gauge
 
 from cloud.releases.before_tuf import take_over
 from cloud.releases.blobs import Blob, Blobs
+from cloud.releases.bundles import BundleFolders
 from cloud.releases.deltas import DeltaStore
 from cloud.releases.rows import ReleaseRows, path
 from cloud.releases.tables import ReleaseRow
-from edge.delta.files import fsync_folder, storage_errors
 from edge.student import bundle as bundles
 from edge.update import manifest as manifests
 from protos.errors import IntegrityError, InvalidInputError
@@ -88,7 +87,7 @@ class ReleaseStore:
         """
         self._rows = ReleaseRows(engine)
         self.blobs = Blobs(folder=folder / "blobs")
-        self._bundles = folder / "bundles"
+        self._bundles = BundleFolders(folder=folder / "bundles", blobs=self.blobs)
         self._repository = repository
         self._clock = clock
         self._deltas = DeltaStore(blobs=self.blobs, engine=engine)
@@ -157,7 +156,7 @@ class ReleaseStore:
         """
         check_name(channel, "channel")
         with self._lock:
-            files = self._take_in(bundle)
+            files = self._bundles.take_in(bundle)
             earlier = self._rows.versions(channel)
             before = [*earlier[:_DELTA_BASES], *bases]
             manifest = release_pb2.Manifest(
@@ -276,29 +275,8 @@ class ReleaseStore:
             StorageError: the disk is full or failed.
         """
         manifest = self.release(channel, version).manifest
-        folder = self._bundles / manifest.student
-        with self._lock, storage_errors(f"making the bundle folder {folder}"):
-            if _is_whole(folder, manifest):
-                return folder
-            making = folder.with_name(f"{manifest.student}.tmp")
-            for left in (making, folder):
-                if left.exists():
-                    shutil.rmtree(left)
-            making.mkdir(parents=True)
-            for file in manifest.files:
-                self.blobs.copy_out(file.sha256, making / file.name)
-            making.rename(folder)
-            fsync_folder(self._bundles)
-        return folder
-
-    def _take_in(self, bundle: Path) -> list[bundles.BundleFile]:
-        missing = [name for name in bundles.FILES if not (bundle / name).is_file()]
-        if missing:
-            msg = f"{bundle} is not a whole student bundle: {', '.join(missing)} is missing"
-            raise IntegrityError(msg)
-        bundles.read_harness(bundle)
-        blobs = {name: self.blobs.put(bundle / name) for name in bundles.FILES}
-        return [bundles.BundleFile(name, blob.sha256, blob.size) for name, blob in blobs.items()]
+        with self._lock:
+            return self._bundles.folder(manifest)
 
     def _build_deltas(
         self,
@@ -420,10 +398,3 @@ class ReleaseStore:
         if release is not None:
             self._delta_gauge.labels(release.channel).set(release.delta_bytes)
             self._full_gauge.labels(release.channel).set(release.full_bytes)
-
-
-def _is_whole(folder: Path, manifest: release_pb2.Manifest) -> bool:
-    return all(
-        (path := folder / f.name).is_file() and path.stat().st_size == f.size
-        for f in manifest.files
-    )

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from protos.v1 import release_pb2
     from tests.update.update_repository import TufRepository
-    from tests.update.update_simulator import NOW, WEIGHTS, Agent, World, raising
+    from tests.update.update_simulator import CHANNEL, NOW, WEIGHTS, Agent, World, raising
 else:
     from update_repository import TufRepository
-    from update_simulator import NOW, WEIGHTS, Agent, World, raising
+    from update_simulator import CHANNEL, NOW, WEIGHTS, Agent, World, raising
 
 
 @pytest.fixture
@@ -136,6 +136,47 @@ def test_a_manifest_by_other_keys_is_refused(world: World) -> None:
     world.publish(2)
     agent.update()
     assert agent.check() == Entry(world.digests[2], 2)
+
+
+def test_metadata_that_looks_expired_is_waited_for_and_the_old_student_serves(
+    world: World,
+) -> None:
+    world.publish(1)
+    agent = world.agent()
+    world.cloud.skew = 10 * 365 * 86_400
+    said: list[str] = []
+
+    def look() -> None:
+        said.append(agent.client.status.detail)
+        assert agent.student.digest == world.digests[0]
+        if len(said) == 7:
+            world.cloud.skew = 0  # somebody has set the clock
+
+    world.cloud.on_metadata = look
+    agent.update()
+    assert agent.check() == Entry(world.digests[1], 1)
+    assert any("this device's time: its clock is wrong" in detail for detail in said)
+    assert (agent.metric("anabranch_update_expired_total") or 0) >= 1
+    assert "failed" not in world.cloud.told
+    assert agent.client.status.detail == ""
+
+
+def test_a_release_that_is_revoked_while_it_is_fetched_is_not_served(world: World) -> None:
+    """Its key was stolen: the list that the new key signs does not have it."""
+    world.publish(1)
+    agent = world.agent()
+
+    def revoke() -> None:
+        world.cloud.on_read = lambda: None
+        del world.cloud.repository.targets.targets[f"{CHANNEL}/1"]
+        world.cloud.repository.rotate("targets", "new")
+        world.cloud.repository.publish()
+
+    world.cloud.on_read = revoke
+    world.cloud.faults.append(1)  # the line is cut, and what is fetched is asked about again
+    agent.update()
+    assert agent.check() == Entry(world.digests[0], 0)
+    assert f"lists no manifest {CHANNEL}/1" in world.cloud.reports[-1].detail
 
 
 def test_an_old_manifest_for_a_new_release_is_refused(world: World) -> None:

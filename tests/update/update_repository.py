@@ -43,14 +43,12 @@ class TufRepository:
         signers: who signs each role.
         files: signed metadata by name.
         blobs: targets by SHA-256.
-        fetched: names of metadata that were read, in order.
     """
 
     def __init__(self, now: float, *, seed: str = "ours") -> None:
         self.signers = {role: [signer(f"{seed} {role}")] for role in ROLES}
         self.files: dict[str, bytes] = {}
         self.blobs: dict[str, bytes] = {}
-        self.fetched: list[str] = []
         expires = self.at(now + 365 * DAY_S)
         self.root = Root(expires=expires)
         for role in ROLES:

@@ -115,6 +115,8 @@ class Cloud:
     faults: deque[int | Callable[[list[Piece]], list[Piece]]] = field(default_factory=deque)
     reads: list[tuple[str, int]] = field(default_factory=list)
     on_read: Callable[[], object] = lambda: None
+    on_metadata: Callable[[], object] = lambda: None
+    skew: float = 0.0  # seconds that the device's clock is fast
     online: bool = True
     piece: int = 400
 
@@ -172,7 +174,7 @@ class Cloud:
 
     def read_metadata(self, name: str) -> Iterator[Piece]:
         self._reach()
-        self.repository.fetched.append(name)
+        self.on_metadata()
         data = self.repository.files.get(name)
         if data is None:
             msg = f"no metadata {name}"
@@ -264,7 +266,7 @@ class Agent:
                 folder=state / "trust",
                 channel=CHANNEL,
                 transport=cloud,
-                clock=lambda: NOW,
+                clock=lambda: NOW + cloud.skew,
             ),
             clock=lambda: NOW,
             random=random.Random(0),
