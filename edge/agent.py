@@ -69,6 +69,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _SHORT = 12
+_FRESH_FIRST_S = 60.0
+_FRESH_EVERY_S = 6 * 3600.0  # a quarter of what a timestamp lasts
 _FINISH_S = 5  # for requests in flight when the agent is told to stop
 _KEEP_ALIVE_S = 300  # a connection closed just when it is used again would cost a request
 
@@ -300,6 +302,8 @@ async def _serve(
             loop.add_signal_handler(number, server.stop)
         uplink.start()
         updates.start()
+        freshness = asyncio.create_task(_stay_fresh(updates, randomness))
+        stack.callback(freshness.cancel)
         address = Address(*listener.getsockname()[:2])
         stack.enter_context(
             _announced(config, address=address, metrics=metrics_address, student=serving.student)
@@ -316,6 +320,14 @@ async def _serve(
         await server.serve(sockets=[listener])
         _LOG.info("stopping")
     _LOG.info("stopped")
+
+
+async def _stay_fresh(updates: UpdateClient[Served], randomness: random.Random) -> None:
+    """Ask the cloud for fresh metadata soon after the start, and then a few times a day."""
+    await asyncio.sleep(randomness.uniform(0, _FRESH_FIRST_S))
+    while True:
+        await asyncio.to_thread(updates.freshness)
+        await asyncio.sleep(randomness.uniform(0.5, 1) * _FRESH_EVERY_S)
 
 
 @contextmanager

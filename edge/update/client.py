@@ -103,6 +103,7 @@ class UpdateClient(Generic[StudentT]):
         self._metrics = UpdateMetrics(registry)
         self._metrics.entered(self._record.state)
         self._transport = transport
+        self._trusted = trusted
         self._clock = clock
         self._random = random
         self._progress = progress
@@ -146,6 +147,18 @@ class UpdateClient(Generic[StudentT]):
         waits_for = "" if record.state in RESTING else self._waits_for
         detail = record.detail or waits_for
         return Status(name, self._work.serving, record.release, detail, fetched, to_fetch)
+
+    def freshness(self) -> None:
+        """See that the cloud still renews its metadata, though it may not speak of a release.
+
+        Somebody who holds the watch stream back is noticed so: the gauge stands still.
+        """
+        try:
+            self._metrics.fresh_until.set(self._trusted.refresh())
+        except ExpiredError:  # it was logged
+            self._metrics.expired.inc()
+        except AnabranchError as error:
+            _log.info("asking for fresh metadata again later: %s", error)
 
     def start(self) -> None:
         """Begin to watch and to update, on two threads."""

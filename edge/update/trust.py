@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -82,6 +83,10 @@ class TrustedReleases(Protocol):
         """
         ...
 
+    def refresh(self) -> float:
+        """Ask for what is newest; until when it is, in seconds since the epoch; raises as above."""
+        ...
+
 
 def load_root(path: Path) -> bytes:
     """The trusted root in a file, as ``anabranch edge --trust`` names it.
@@ -142,6 +147,7 @@ class TufReleases:
         self._channel = channel
         self._clock = clock
         self._fetcher = Fetcher(transport=transport, monotonic=monotonic)
+        self._lock = threading.Lock()
 
     @property
     def channel(self) -> str:
@@ -151,9 +157,20 @@ class TufReleases:
     def manifest(self, release: int, *, kept: bytes = b"") -> bytes:
         """See :class:`TrustedReleases`."""
         path = f"{self._channel}/{release}"
-        now = self._now()
-        with storage_errors(f"keeping metadata in {self._metadata}"):
+        with self._refreshed() as updater:
+            return self._get(updater.get_targetinfo(path), path, kept)
+
+    def refresh(self) -> float:
+        """See :class:`TrustedReleases`."""
+        with self._refreshed() as updater:
+            return updater.fresh_until()
+
+    @contextmanager
+    def _refreshed(self) -> Iterator[_Updater]:
+        """python-tuf's client after a refresh; one at a time works on the folder."""
+        with self._lock, storage_errors(f"keeping metadata in {self._metadata}"):
             self._metadata.mkdir(parents=True, exist_ok=True)
+            now = self._now()
             with _refusals(now):
                 updater = _Updater(
                     metadata_dir=str(self._metadata),
@@ -164,9 +181,8 @@ class TufReleases:
                 )
                 updater.judge_expiry_at(now)
                 updater.refresh()
-                target = updater.get_targetinfo(path)
                 self._note(now)
-                return self._get(target, path, kept)
+                yield updater
 
     def _get(self, target: TargetFile | None, path: str, kept: bytes) -> bytes:
         if target is None or _SHA256 not in target.hashes or target.length > MAX_MANIFEST_BYTES:
@@ -222,6 +238,10 @@ class _Updater(Updater):
     def judge_expiry_at(self, now: datetime) -> None:
         """Take ``now`` for the present time."""
         self._trusted_set.reference_time = now
+
+    def fresh_until(self) -> float:
+        """When the timestamp expires, in seconds since the epoch."""
+        return self._trusted_set.timestamp.expires.timestamp()
 
     def _persist_file(self, filename: str, data: bytes) -> None:
         path = Path(filename)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from protos.v1 import release_pb2
-    from tests.update.update_repository import TufRepository
+    from tests.update.update_repository import DAY_S, TufRepository
     from tests.update.update_simulator import CHANNEL, NOW, WEIGHTS, Agent, World, raising
 else:
-    from update_repository import TufRepository
+    from update_repository import DAY_S, TufRepository
     from update_simulator import CHANNEL, NOW, WEIGHTS, Agent, World, raising
 
 
@@ -159,6 +160,23 @@ def test_metadata_that_looks_expired_is_waited_for_and_the_old_student_serves(
     assert (agent.metric("anabranch_update_expired_total") or 0) >= 1
     assert "failed" not in world.cloud.told
     assert agent.client.status.detail == ""
+
+
+def test_a_device_that_hears_of_no_release_knows_until_when_it_is_not_held_back(
+    world: World,
+) -> None:
+    agent = world.agent()
+    name = "anabranch_trust_fresh_until_timestamp_seconds"
+    assert math.isnan(agent.metric(name) or 0)
+    agent.client.freshness()
+    assert agent.metric(name) == NOW + DAY_S
+    world.cloud.skew = DAY_S + 1
+    agent.client.freshness()
+    assert agent.metric(name) == NOW + DAY_S
+    assert agent.metric("anabranch_update_expired_total") == 1
+    world.cloud.online = False
+    agent.client.freshness()
+    assert agent.metric("anabranch_update_expired_total") == 1
 
 
 def test_a_release_that_is_revoked_while_it_is_fetched_is_not_served(world: World) -> None:
