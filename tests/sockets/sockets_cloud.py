@@ -62,7 +62,7 @@ async def run(folder: Path) -> None:
     """Serve until the standard input ends."""
     from cloud.db import open_database
     from cloud.fleet.service import FleetService, serve
-    from cloud.releases.keys import open_keys
+    from cloud.releases.repository import Repository
     from cloud.releases.store import ReleaseStore
     from cloud.rollout.driver import RolloutDriver
 
@@ -71,14 +71,14 @@ async def run(folder: Path) -> None:
     store = ReleaseStore(
         folder=folder,
         engine=engine,
-        signer=open_keys(folder / "keys"),
+        repository=Repository(state=folder, clock=time.time, registry=registry),
         clock=time.time,
         registry=registry,
     )
     driver = RolloutDriver(engine=engine, clock=time.time, registry=registry)
     service = FleetService(store=store, driver=driver, registry=registry)
     server, port = await serve(service, listen="127.0.0.1:0")
-    say(port=port, trust=str(folder / "keys" / "trusted.pem"))
+    say(port=port, trust=str(folder / "tuf" / "root.json"))
 
     async def tick() -> None:
         while True:
