@@ -151,8 +151,7 @@ class ReleaseStore:
             InvalidInputError: the name, a base or the bundle is not right, or the manifest is
                 bigger than a device accepts.
             IntegrityError: a file of the bundle is missing.
-            StorageError: the disk is full or failed. The release may exist all the same and be
-                signed by a later :meth:`sync`.
+            StorageError: the disk is full or failed; a later :meth:`sync` may sign it all the same.
         """
         check_name(channel, "channel")
         with self._lock:
