@@ -256,6 +256,7 @@ async def _serve(
             device=Device(
                 open_student=open_student,
                 swap=lambda new: asyncio.run_coroutine_threadsafe(exchange(new), loop).result(),
+                reopen=partial(slots.start, bundle=config.student, open_student=open_student),
                 on_commit=on_commit,
                 has_room=partial(has_room, limit=config.memory_limit),
                 unload=lambda: asyncio.run_coroutine_threadsafe(host.unload(), loop).result(),

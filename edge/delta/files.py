@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
 """Suffix of what is not finished: whoever finds it after a crash may delete it."""
+
+KEPT_ASIDE = 5
+"""Corrupt copies of one file that are kept."""
 _BLOCK = 1 << 20
 
 
@@ -51,16 +54,30 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, so that their names survive a power loss."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fsync_folder(made.parent)
+
+
 def set_aside(path: Path, why: str) -> Path:
-    """Give a file that cannot be read another name, and log it: evidence is never overwritten.
+    """Give a file that cannot be read another name, and log it: evidence is not overwritten.
+
+    The latest :data:`KEPT_ASIDE` are kept: a disk that fails must not fill up, too.
 
     Raises:
         StorageError: it cannot be renamed.
     """
-    taken = [p.name for p in path.parent.glob(f"{path.name}.corrupt-*")]
-    aside = path.with_name(f"{path.name}.corrupt-{len(taken) + 1}")
+    prefix = f"{path.name}.corrupt-"
     with storage_errors(f"setting {path} aside"):
+        names = [p.name.removeprefix(prefix) for p in path.parent.glob(f"{prefix}*")]
+        numbers = sorted(int(n) for n in names if n.isdecimal())
+        aside = path.with_name(f"{prefix}{max(numbers, default=0) + 1}")
         path.replace(aside)
+        for number in numbers[: 1 - KEPT_ASIDE]:
+            path.with_name(f"{prefix}{number}").unlink(missing_ok=True)
     _log.error("%s is corrupt (%s): set aside as %s, going on without it", path, why, aside.name)
     return aside
 
