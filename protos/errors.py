@@ -43,5 +43,17 @@ class UnavailableError(AnabranchError):
     """The other side cannot be reached now: retry later."""
 
 
+class RefusedError(AnabranchError):
+    """It is known who asks, and that is not allowed: somebody must change that first."""
+
+
+class QuotaError(UnavailableError):
+    """More was asked than one device may have: retry after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class TrainingError(AnabranchError):
     """A learning job cannot go on (no evidence, diverged, out of memory)."""
