@@ -233,7 +233,9 @@ class Registry:
             unused = select(TokenRow.device, func.max(TokenRow.expires_ms)).where(
                 TokenRow.serial.is_(None), TokenRow.expires_ms > now_ms
             )
-            invited = dict(session.execute(unused.group_by(TokenRow.device)))
+            invited = {
+                row[0]: row[1] for row in session.execute(unused.group_by(TokenRow.device))
+            }
             return [
                 _describe(row, newest.get(row.device), invited.get(row.device), now_ms)
                 for row in session.scalars(select(EnrolledRow).order_by(EnrolledRow.device))

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -48,7 +48,7 @@ class Identity:
 
     folder: Path
     device: str
-    key: EllipticCurvePrivateKey
+    key: EllipticCurvePrivateKey = field(compare=False)  # the certificate holds its public half
     certificate: x509.Certificate
     authorities: bytes
 
