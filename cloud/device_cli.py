@@ -51,7 +51,7 @@ def add(
     channel: Annotated[str, typer.Option(help="The device's channel.")] = "home",
     hours: Hours = 24,
 ) -> None:
-    """Let a device enrol: prints a one-time token, and where the file for --ca is."""
+    """Let a device enrol: prints a one-time token, and which file the device needs beside it."""
     with _registry(state) as registry:
         registry.add(device, channel=channel)
         token = registry.invite(device, life_s=hours * 3600)

@@ -60,6 +60,7 @@ def held_identity(folder: Path | None, *, device: str) -> Iterator[Identity | No
         )
         yield None
         return
+    load_identity(folder)  # before a lock is put into a folder that is none
     with locked(folder):
         identity = load_identity(folder)
         if identity.device != device:

@@ -139,9 +139,7 @@ class Home:
 
     def refused(self, reason: str) -> float:
         labels = {"channel": "quota", "reason": reason}
-        return (
-            self.registry.get_sample_value("anabranch_messages_rejected_total", labels) or 0
-        )
+        return self.registry.get_sample_value("anabranch_messages_rejected_total", labels) or 0
 
     def close(self) -> None:
         self.uplink.stop(0.1)

@@ -115,9 +115,7 @@ def test_a_device_speaks_for_no_other(cloud: Cloud, lamp: GrpcTransport, device:
 def test_a_device_reads_its_own_channel_only(cloud: Cloud, lamp: GrpcTransport) -> None:
     cloud.publish("office")
     other = cloud.transport(cloud.enrolled("desk", channel="office"), channel="office")
-    stranger = cloud.transport(
-        load_identity(cloud.folder / "devices" / "lamp-1"), channel="office"
-    )
+    stranger = cloud.transport(load_identity(cloud.folder / "devices" / "lamp-1"), channel="office")
     try:
         assert other.get_manifest(1)
         assert lamp.get_manifest(1)

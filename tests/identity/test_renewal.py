@@ -36,9 +36,7 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
         yield running
 
 
-@given(
-    begin=st.floats(0, 2e9), life=st.floats(60, 1e9), seed=st.integers(0, 2**32 - 1)
-)
+@given(begin=st.floats(0, 2e9), life=st.floats(60, 1e9), seed=st.integers(0, 2**32 - 1))
 def test_it_is_due_when_there_is_time_left_to_try_again(
     begin: float, life: float, seed: int
 ) -> None:
@@ -75,7 +73,9 @@ def test_a_certificate_is_renewed_before_it_ends_and_connections_follow(
             ended.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    eventually(lambda: cloud.metrics.get_sample_value("anabranch_watch_streams", {"channel": "home"}))
+    eventually(
+        lambda: cloud.metrics.get_sample_value("anabranch_watch_streams", {"channel": "home"})
+    )
     running = renewal(
         cloud,
         identity,
