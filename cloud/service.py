@@ -152,20 +152,23 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             metrics=IngestMetrics(registry, channels=[config.channel]),
             random=random.SystemRandom(),
             channel=config.channel,
-            check_sender=security and security.keeper.check_name,
+            check_sender=security.keeper.check_name if security else None,
             limits=config.evidence,
-            tls=security and security.broker_context,
+            tls=security.broker_context if security else None,
         )
         await asyncio.to_thread(curator.begin)
         ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop)
         service = FleetService(
-            store=releases, driver=driver, registry=registry, access=security and security.access
+            store=releases,
+            driver=driver,
+            registry=registry,
+            access=security.access if security else None,
         )
         server, port = await serve(
             service,
             listen=config.grpc,
-            credentials=security and security.server.credentials(mutual=True),
+            credentials=security.server.credentials(mutual=True) if security else None,
             also=[security.serve_renewal] if security else [],
         )
         stack.push_async_callback(_stop_serving, server, service)

@@ -224,8 +224,9 @@ async def _serve(
             metrics=LinkMetrics(registry),
             clock=time.time,
             random=randomness,
-            tls=identity
-            and partial(client_context, pair=identity.file, authorities=identity.authorities),
+            tls=None
+            if identity is None
+            else partial(client_context, pair=identity.file, authorities=identity.authorities),
         )
         stack.push_async_callback(asyncio.to_thread, uplink.stop)
         assistant = Assistant(
@@ -262,7 +263,7 @@ async def _serve(
             address=str(parse_address(config.cloud)),
             channel=config.channel,
             device=config.device,
-            credentials=identity and channel_credentials(identity),
+            credentials=None if identity is None else channel_credentials(identity),
         )
         updates = UpdateClient(
             state=config.state,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Caller(Protocol):
     """Who calls. Every method raises ``RefusedError`` once that device may not call any more."""
 
-    def check(self) -> None:
+    def check(self) -> object:
         """See that it may still call."""
         ...
 

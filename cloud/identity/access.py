@@ -191,7 +191,7 @@ class CertifiedCaller:
 
 def _shown(context: Context) -> tuple[str, int]:
     """Device and serial number of the certificate that a connection has shown."""
-    given = context.auth_context().get("x509_pem_cert", ())
+    given = list(context.auth_context().get("x509_pem_cert", ()))
     if len(given) != 1:
         msg = "this connection has shown no certificate: enrol the device"
         raise RefusedError(msg)

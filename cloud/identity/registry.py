@@ -233,9 +233,7 @@ class Registry:
             unused = select(TokenRow.device, func.max(TokenRow.expires_ms)).where(
                 TokenRow.serial.is_(None), TokenRow.expires_ms > now_ms
             )
-            invited = {
-                row[0]: row[1] for row in session.execute(unused.group_by(TokenRow.device))
-            }
+            invited = {row[0]: row[1] for row in session.execute(unused.group_by(TokenRow.device))}
             return [
                 _describe(row, newest.get(row.device), invited.get(row.device), now_ms)
                 for row in session.scalars(select(EnrolledRow).order_by(EnrolledRow.device))
@@ -317,7 +315,7 @@ def _changed(session: Session) -> None:
         row.number += 1
 
 
-def _running(device: str, now_ms: int) -> Select[tuple[CertificateRow]]:
+def _running(device: str, now_ms: int) -> Select[CertificateRow]:
     """Certificates of a device that are in force, the newest first."""
     return (
         select(CertificateRow)
@@ -330,7 +328,7 @@ def _running(device: str, now_ms: int) -> Select[tuple[CertificateRow]]:
     )
 
 
-def _revoked_key(key: str) -> Select[tuple[str]]:
+def _revoked_key(key: str) -> Select[str]:
     return select(CertificateRow.serial).where(
         CertificateRow.key == key, CertificateRow.revoked_ms.is_not(None)
     )

@@ -143,8 +143,11 @@ class ServerCertificate:
             return self._configuration(made, mutual=mutual)
 
         first = self._configuration(self._current(), mutual=mutual)
+        # None means that nothing has changed; the types do not know.
         return grpc.dynamic_ssl_server_credentials(
-            first, configuration, require_client_authentication=mutual
+            first,
+            configuration,  # type: ignore[arg-type]
+            require_client_authentication=mutual,
         )
 
     def _current(self) -> tuple[bytes, bytes]:

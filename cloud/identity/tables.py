@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index
+from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from cloud.db import Base
@@ -15,7 +15,7 @@ class EnrolledRow(Base):
 
     device: Mapped[str] = mapped_column(primary_key=True)
     channel: Mapped[str]
-    added_ms: Mapped[int]
+    added_ms: Mapped[int] = mapped_column(BigInteger)
 
 
 class TokenRow(Base):
@@ -25,7 +25,7 @@ class TokenRow(Base):
 
     sha256: Mapped[str] = mapped_column(primary_key=True)
     device: Mapped[str] = mapped_column(ForeignKey(EnrolledRow.device))
-    expires_ms: Mapped[int]
+    expires_ms: Mapped[int] = mapped_column(BigInteger)
     key: Mapped[str | None]
     serial: Mapped[str | None]
 
@@ -39,10 +39,10 @@ class CertificateRow(Base):
     serial: Mapped[str] = mapped_column(primary_key=True)
     device: Mapped[str] = mapped_column(ForeignKey(EnrolledRow.device))
     key: Mapped[str]
-    not_before_ms: Mapped[int]
-    not_after_ms: Mapped[int]
+    not_before_ms: Mapped[int] = mapped_column(BigInteger)
+    not_after_ms: Mapped[int] = mapped_column(BigInteger)
     der: Mapped[bytes]
-    revoked_ms: Mapped[int | None]
+    revoked_ms: Mapped[int | None] = mapped_column(BigInteger)
     reason: Mapped[str | None]
 
 

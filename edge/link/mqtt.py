@@ -278,7 +278,7 @@ class MqttLink(ABC):
         if ready.get(sock, 0) & selectors.EVENT_READ:
             client.loop_read()
             # What TLS has read ahead of us, no selector tells.
-            while isinstance(sock, ssl.SSLSocket) and client.socket() is sock and sock.pending():
+            while _read_ahead(client):
                 client.loop_read()
         if ready.get(sock, 0) & selectors.EVENT_WRITE:
             client.loop_write()
@@ -286,6 +286,11 @@ class MqttLink(ABC):
 
     def _deliver(self, message: MQTTMessage) -> None:
         self.on_message(Message(message.topic, bytes(message.payload)))
+
+
+def _read_ahead(client: Client) -> bool:
+    sock = client.socket()
+    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
 
 
 def _send_at_once(sock: object) -> None:
