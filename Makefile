@@ -17,7 +17,7 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe bench-learner bench-learner-full \
-  bench-learner-speed bench-student bench-graph bench-swap bench-footprint bench-delta clean
+  bench-learner-speed bench-student bench-decode bench-graph bench-swap bench-footprint bench-delta clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -92,6 +92,10 @@ bench-learner-speed: $(READY) $(TRL) ## Seconds a step and memory beside SFT and
 
 bench-student: $(READY) $(PEERS) ## Speed of the student beside llama.cpp and onnxruntime-genai (10 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.student
+
+bench-decode: $(READY) ## What forced tokens and guesses save, and that no token differs (5 minutes)
+	$(OFFLINE) $(BIN)/python -m bench.student --prepare
+	$(OFFLINE) $(BIN)/python -m bench.decode --bundle build/bench/student/bundle
 
 bench-graph: $(READY) ## What blocks, spinning and rows a pass are worth (2 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.graph

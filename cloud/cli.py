@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cloud.cli_trust import keys_app, release_app
 from cloud.device_cli import device_app
 from protos.errors import AnabranchError, InvalidInputError
 
@@ -23,7 +24,7 @@ Each part is a process of its own:
     anabranch student import --out student
     anabranch cloud --state cloud --student student
     anabranch edge --state kitchen --device kitchen --student student/bundle
-                   --trust cloud/keys/trusted.pem
+                   --trust cloud/tuf/root.json
 
 Across a network they speak TLS (`--tls-name`, `anabranch device`).
 
@@ -32,7 +33,8 @@ Across a network they speak TLS (`--tls-name`, `anabranch device`).
 )
 student_app = typer.Typer(no_args_is_help=True, help="Bring models in.")
 app.add_typer(student_app, name="student")
-
+app.add_typer(keys_app, name="keys")
+app.add_typer(release_app, name="release")
 app.add_typer(device_app, name="device")
 
 Channel = Annotated[str, typer.Option(help="The group of devices that gets the same releases.")]
@@ -150,6 +152,12 @@ def cloud(
         float, typer.Option(min=0.1, help="MiB of evidence that a device may give a day.")
     ] = 64,
     insecure: Insecure = False,
+    timestamp_hours: Annotated[
+        float, typer.Option(min=0.1, help="A held back device notices after as long.")
+    ] = 24,
+    targets_days: Annotated[
+        float, typer.Option(min=1, help="Until the list of releases must be signed again.")
+    ] = 365,
     threads: Threads = 2,
 ) -> None:
     """Store evidence, adapt when it is worth it, release what passes the gate. Ctrl-C stops it."""
@@ -160,6 +168,7 @@ def cloud(
     from cloud.identity.security import TlsConfig  # noqa: PLC0415  # as above
     from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
+    from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
 
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
@@ -188,6 +197,11 @@ def cloud(
             if tls_name
             else None,
             insecure=insecure,
+            lifetimes=Lifetimes(
+                targets=targets_days * 86_400,
+                snapshot=7 * timestamp_hours * 3600,
+                timestamp=timestamp_hours * 3600,
+            ),
         )
     )
 
@@ -195,7 +209,7 @@ def cloud(
 @app.command()
 def edge(
     state: Annotated[Path, typer.Option(help="Folder of everything that lasts.")],
-    trust: Annotated[Path, typer.Option(help="PEM file: keys whose releases are believed.")],
+    trust: Annotated[Path, typer.Option(help="root.json of the cloud whose releases are run.")],
     device: Annotated[
         str | None, typer.Option(help="This device's name; by default its certificate's.")
     ] = None,

@@ -5,7 +5,8 @@ State folder::
     STATE/lock             held by the cloud that runs here
     STATE/cloud.json       pid and addresses, while it runs
     STATE/cloud.sqlite     evidence, releases, rollouts
-    STATE/keys/            the signing key, and trusted.pem for devices
+    STATE/keys/            private keys that sign releases here
+    STATE/tuf/             signed metadata; root.json for devices; what is to be signed elsewhere
     STATE/identity/        the certificate authority, and ca.pem for devices
     STATE/blobs/ bundles/  released files by content
     STATE/jobs/            adaptations
@@ -36,7 +37,8 @@ from cloud.fleet.service import FleetService, serve
 from cloud.identity.security import Security, TlsConfig
 from cloud.identity.service import serve_enrolment
 from cloud.jobs import Jobs
-from cloud.releases.keys import open_keys
+from cloud.releases.metadata import Lifetimes
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.state import Plan
@@ -76,6 +78,7 @@ class CloudConfig:
         evidence: what one device may give.
         tls: how it is reached with TLS; None: without, on this machine alone.
         insecure: go without TLS across a network.
+        lifetimes: how long signed metadata lasts.
     """
 
     state: Path
@@ -89,6 +92,7 @@ class CloudConfig:
     evidence: EvidenceLimits = field(default_factory=EvidenceLimits)
     tls: TlsConfig | None = None
     insecure: bool = False
+    lifetimes: Lifetimes = field(default_factory=Lifetimes)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is touched."""
@@ -122,10 +126,16 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         engine = db.open_database(config.state / "cloud.sqlite")
         stack.callback(engine.dispose)
         evidence = EvidenceStore(engine, clock=time.time)
+        repository = Repository(
+            state=config.state,
+            clock=time.time,
+            registry=registry,
+            lifetimes=config.lifetimes,
+        )
         releases = ReleaseStore(
             folder=config.state,
             engine=engine,
-            signer=open_keys(config.state / "keys"),
+            repository=repository,
             clock=time.time,
             registry=registry,
         )
@@ -188,7 +198,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         write_atomic(config.state / "cloud.json", json.dumps(note, indent=1).encode() + b"\n")
         stack.callback((config.state / "cloud.json").unlink, missing_ok=True)
         log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
-        await _tick_until_stopped(curator, driver)
+        await _tick_until_stopped(releases, driver, curator)
         log.info("stopping")
 
 
@@ -228,20 +238,23 @@ async def _stop_serving(server: aio.Server, service: FleetService) -> None:
     await service.drain()
 
 
-async def _tick_until_stopped(curator: Curator, driver: RolloutDriver) -> None:
+async def _tick_until_stopped(
+    releases: ReleaseStore, driver: RolloutDriver, curator: Curator
+) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     while not stopped.is_set():
-        pause = _TROUBLE_S
-        try:
-            await asyncio.to_thread(driver.tick)
-            await asyncio.to_thread(curator.tick)
-            pause = _TICK_S
-        except AnabranchError as error:  # a full disk must not end the service: it retries
-            log.error("%s", error)  # noqa: TRY400  # the message is for people
-        except Exception:  # evidence and releases must go on when adapting does not
-            log.exception("adapting stumbled; it is tried again in %.0f s", _TROUBLE_S)
+        pause = _TICK_S
+        for work in (releases.sync, driver.tick, curator.tick):
+            try:
+                await asyncio.to_thread(work)
+            except AnabranchError as error:  # a full disk must not end the service: it retries
+                log.error("%s", error)  # noqa: TRY400  # the message is for people
+                pause = _TROUBLE_S
+            except Exception:  # evidence and releases must go on when adapting does not
+                log.exception("the cloud stumbled; it tries again in %.0f s", _TROUBLE_S)
+                pause = _TROUBLE_S
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopped.wait(), pause)

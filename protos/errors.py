@@ -24,7 +24,7 @@ class IntegrityError(AnabranchError):
 
 
 class SignatureError(IntegrityError):
-    """A manifest is not signed by a trusted key."""
+    """What is signed, or should be, is not for this device or not what it claims to be."""
 
 
 class WrongBaseError(IntegrityError):
@@ -53,6 +53,10 @@ class QuotaError(UnavailableError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class ExpiredError(UnavailableError):
+    """Signed metadata is past its expiry by the clock here: set the clock right, or retry later."""
 
 
 class TrainingError(AnabranchError):

@@ -15,7 +15,7 @@ from cloud.fleet.service import FleetService, serve
 from cloud.identity.access import FleetLimits
 from cloud.identity.security import Security, TlsConfig, open_registry
 from cloud.identity.service import serve_enrolment
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.state import Plan
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 BIG = 1 << 20
 STUDENT = "aa" * 32
+
+
+def timestamp_of(transport: GrpcTransport) -> bytes:
+    """Any call that a device makes to the fleet service."""
+    return b"".join(piece.data for piece in transport.read_metadata("timestamp.json"))
 
 
 class Clock:
@@ -75,7 +80,7 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=self.engine,
-            signer=open_keys(folder / "keys"),
+            repository=Repository(state=folder, clock=time.time, registry=self.metrics),
             clock=time.time,
             registry=self.metrics,
         )

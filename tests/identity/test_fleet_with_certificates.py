@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge.identity.files import Identity
-    from tests.identity.identity_cloud import BIG, STUDENT, Cloud
+    from tests.identity.identity_cloud import BIG, STUDENT, Cloud, timestamp_of
 else:
-    from identity_cloud import BIG, STUDENT, Cloud
+    from identity_cloud import BIG, STUDENT, Cloud, timestamp_of
 
 Eventually = Callable[[Callable[[], object]], None]
 
@@ -81,7 +81,7 @@ def code_of(
 
 def test_a_device_with_its_certificate_can_do_all_that_a_device_does(lamp: GrpcTransport) -> None:
     assert next(iter(lamp.watch(student=STUDENT, release=0))) == 1
-    assert lamp.get_manifest(1)
+    assert timestamp_of(lamp)
     lamp.report(
         fleet_pb2.UpdateReport(
             release=1, state=fleet_pb2.UPDATE_STATE_COMMITTED, student=STUDENT, sequence=1
@@ -91,7 +91,7 @@ def test_a_device_with_its_certificate_can_do_all_that_a_device_does(lamp: GrpcT
 
 @pytest.mark.parametrize("device", ["lamp-2", "", "@cloud"])
 def test_a_device_speaks_for_no_other(cloud: Cloud, lamp: GrpcTransport, device: str) -> None:
-    assert lamp.get_manifest(1)
+    assert timestamp_of(lamp)
     cloud.enrolled("lamp-2")
     identity = load_identity(cloud.folder / "devices" / "lamp-1")
     report = fleet_pb2.UpdateReport(
@@ -117,10 +117,10 @@ def test_a_device_reads_its_own_channel_only(cloud: Cloud, lamp: GrpcTransport) 
     other = cloud.transport(cloud.enrolled("desk", channel="office"), channel="office")
     stranger = cloud.transport(load_identity(cloud.folder / "devices" / "lamp-1"), channel="office")
     try:
-        assert other.get_manifest(1)
-        assert lamp.get_manifest(1)
+        assert timestamp_of(other)
+        assert timestamp_of(lamp)
         with pytest.raises(UnavailableError, match="belongs to channel home, not office"):
-            stranger.get_manifest(1)
+            timestamp_of(stranger)
     finally:
         other.close()
         stranger.close()
@@ -133,7 +133,7 @@ def test_without_a_certificate_nobody_gets_in(cloud: Cloud) -> None:
             address=cloud.grpc, channel="home", device="lamp-1", credentials=credentials
         )
         with pytest.raises(UnavailableError, match="UNAVAILABLE"):
-            transport.get_manifest(1)
+            timestamp_of(transport)
         transport.close()
 
 
@@ -163,7 +163,7 @@ def test_a_certificate_of_another_authority_does_not_get_in(cloud: Cloud, tmp_pa
         ),
     )
     with pytest.raises(UnavailableError, match="UNAVAILABLE"):
-        transport.get_manifest(1)
+        timestamp_of(transport)
     transport.close()
 
 
@@ -187,7 +187,7 @@ def test_a_certificate_that_is_not_on_the_register_does_not_get_in(
     )
     transport = cloud.transport(identity)
     with pytest.raises(UnavailableError, match="not on the register"):
-        transport.get_manifest(1)
+        timestamp_of(transport)
     transport.close()
 
 
@@ -204,7 +204,7 @@ def test_the_cloud_s_own_certificate_is_no_device(cloud: Cloud) -> None:
         credentials=grpc.ssl_channel_credentials(cloud.ca, key + end, certificate),
     )
     with pytest.raises(UnavailableError, match="is no device"):
-        transport.get_manifest(1)
+        timestamp_of(transport)
     transport.close()
 
 
@@ -219,9 +219,9 @@ def test_a_revocation_ends_an_open_stream_and_says_why(
     assert "was revoked (stolen from the hall)" in str(streams[0].error)
     assert isinstance(streams[0].error, UnavailableError)  # it goes on asking
     with pytest.raises(UnavailableError, match="stolen from the hall"):
-        lamp.get_manifest(1)
+        timestamp_of(lamp)
     assert not streams[1].ended
-    assert other.get_manifest(1)
+    assert timestamp_of(other)
     assert cloud.refused("certificate") >= 2
     other.close()
 
@@ -266,7 +266,7 @@ def test_who_enrols_again_leaves_nothing_to_who_took_the_old_key(
     eventually(lambda: stolen.ended)
     assert "superseded" in str(stolen.error)
     fresh = cloud.transport(identity)
-    assert fresh.get_manifest(1)
+    assert timestamp_of(fresh)
     fresh.close()
 
 

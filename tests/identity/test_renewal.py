@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge.identity.files import Identity
-    from tests.identity.identity_cloud import Clock, Cloud
+    from tests.identity.identity_cloud import Clock, Cloud, timestamp_of
 else:
-    from identity_cloud import Clock, Cloud
+    from identity_cloud import Clock, Cloud, timestamp_of
 
 Eventually = Callable[[Callable[[], object]], None]
 
@@ -91,9 +91,9 @@ def test_a_certificate_is_renewed_before_it_ends_and_connections_follow(
     assert new.certificate.serial_number != identity.certificate.serial_number
     assert new.not_after > identity.not_after
     assert new.key.public_key() == identity.key.public_key()
-    assert transport.get_manifest(1)
+    assert timestamp_of(transport)
     cloud.clock.ahead = 3600 * 1.3  # the old one would have expired
-    assert transport.get_manifest(1)
+    assert timestamp_of(transport)
     assert cloud.requests("renewed") == 1
     transport.close()
 

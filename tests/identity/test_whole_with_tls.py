@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cloud.releases.keys import open_keys
 from edge.process import PARENT
 
 Eventually = Callable[[Callable[[], object]], None]
@@ -104,12 +103,11 @@ def test_from_zero_to_an_enrolled_device_and_to_a_revoked_one(
     assert "device  kitchen-1" in said
     assert "\tenrolled\t" in run("device", "list", "--state", state)
 
-    open_keys(state / "keys")
     device = tmp_path / "kitchen-1" / "state"
     processes.anabranch(
         "edge",
         *("edge", "--state", device, "--identity", identity, "--broker", broker),
-        *("--cloud", note["grpc"], "--trust", state / "keys" / "trusted.pem"),
+        *("--cloud", note["grpc"], "--trust", state / "tuf" / "root.json"),
         *("--student", tiny_student / "bundle", "--listen", "127.0.0.1:0"),
         *("--metrics", "127.0.0.1:0", "--threads", "1"),
     )
