@@ -333,7 +333,7 @@ class ReleaseStore:
             full_bytes=sum(f.size for f in manifest.files),
             delta_bytes=self._bytes_to_fetch(earlier[:1], manifest),
         )
-        kinds = {}
+        kinds: dict[str, str] = {}
         for each in (m for m in (way_back, manifest) if m is not None):
             kinds |= dict.fromkeys((d.sha256 for d in each.deltas), "delta")
             kinds |= dict.fromkeys((f.sha256 for f in each.files), "file")
