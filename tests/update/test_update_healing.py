@@ -20,7 +20,7 @@ from protos.errors import (
 
 if TYPE_CHECKING:
     from edge.update.client import UpdateClient
-    from tests.update.update_simulator import WEIGHTS, Agent, World
+    from tests.update.update_simulator import WEIGHTS, Agent, TinyStudent, World
 else:
     from update_simulator import WEIGHTS, World
 
@@ -219,7 +219,9 @@ ERRORS = [
 ]
 
 
-def failing(client: UpdateClient[object], action: Action, error: Exception, times: int) -> None:
+def failing(
+    client: UpdateClient[TinyStudent], action: Action, error: Exception, times: int
+) -> None:
     """Let an action fail so often before it works."""
     work, left = client._do[action], iter(range(times))
 
@@ -239,13 +241,14 @@ def test_whatever_fails_in_a_state_a_device_serves_and_takes_the_next_release(
 ) -> None:
     world.publish(1)
     agent = world.agent()
-    failing(agent.client, action, error, times)  # type: ignore[arg-type]
+    failing(agent.client, action, error, times)
     agent.update()
     for_ever = times > 1 and not isinstance(error, UnavailableError)
-    heals = (UnavailableError, StorageError)
-    if action in (Action.FETCH, Action.VERIFY, Action.APPLY):
-        heals += (IntegrityError, InvalidInputError)
-    release = 1 if isinstance(error, heals) and not for_ever else 0
+    heals = isinstance(error, (UnavailableError, StorageError)) or (
+        action in (Action.FETCH, Action.VERIFY, Action.APPLY)
+        and isinstance(error, (IntegrityError, InvalidInputError))
+    )
+    release = 1 if heals and not for_ever else 0
     assert agent.check() == Entry(world.digests[release], release)
     assert world.cloud.told[-1] == ("committed" if release else "failed")
     world.publish(2)

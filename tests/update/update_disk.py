@@ -22,8 +22,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_CALLS = ("open", "write", "fsync", "ftruncate", "replace", "rename", "link", "unlink", "mkdir")
-_CALLS += ("rmdir",)
+_CALLS = (
+    "open",
+    "write",
+    "fsync",
+    "ftruncate",
+    "replace",
+    "rename",
+    "link",
+    "unlink",
+    "mkdir",
+    "rmdir",
+)
 _TAKES_SPACE = ("open", "write", "fsync", "link", "mkdir")
 _NAMES = ("replace", "rename", "link")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge.student.bundle import FILES
-from edge.update import client
+from edge.update import client, decide
 from edge.update.journal import Journal, Record
 from edge.update.machine import MAX_PROBE_STARTS, MAX_STEPS, RESTING, TABLE, Event, State
 from protos.errors import StorageError
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
     from edge.update.machine import Transition
     from tests.update.update_disk import DEADLY, Call, Disk, Fault, die, faults_at
-    from tests.update.update_scenarios import SCENARIOS, UNTIL_COMMIT, WHOLE, Ledger, Scenario
+    from tests.update.update_scenarios import SCENARIOS, UNTIL_COMMIT, Ledger, Scenario
     from tests.update.update_simulator import Agent, World
 else:
     from update_disk import DEADLY, Call, Disk, Fault, die, faults_at
-    from update_scenarios import SCENARIOS, UNTIL_COMMIT, WHOLE, Ledger, Scenario
+    from update_scenarios import SCENARIOS, UNTIL_COMMIT, Ledger, Scenario
     from update_simulator import World
 
 KILLED_IN = {
@@ -88,7 +88,7 @@ def in_child(life: Callable[[], object]) -> Any:  # noqa: ANN401 # whatever JSON
 
 def watch(disk: Disk) -> None:
     """Let ``disk`` know which transition is written, and in which state the client works."""
-    enter, write = client.enter, Journal.write
+    enter, write = decide.enter, Journal.write
     entered: list[str] = []
 
     def noted(record: Record, event: Event, **kwargs: Any) -> tuple[Record, Transition]:  # noqa: ANN401
@@ -298,14 +298,11 @@ def beginnings(device: Device, root: Path) -> Iterator[Beginning]:
     for name, scenario in SCENARIOS.items():
         device.publish(scenario)
         yield Beginning(name, scenario, fresh if scenario.unprovisioned else provisioned)
-    for state in State:
-        name = KILLED_IN.get(state)
-        if name is None:
-            continue
+    for state, name in KILLED_IN.items():
         scenario = SCENARIOS[name]
         device.publish(scenario)
         device.begin(provisioned)
-        assert in_child(lambda s=scenario, x=state: device.die_in(s, x)) is None, state
+        assert in_child(partial(device.die_in, scenario, state)) is None, state
         folder = device.keep(root / state.name)
         # Who is killed in PROBING a second time has failed.
         after = replace(scenario, ends=(0, 1)) if state is State.PROBING else scenario
@@ -353,7 +350,7 @@ def main(root: Path, part: int, parts: int) -> None:
             known, faults = call in seen, faults_at(call, before)
             seen.add(call)
             before = call
-            if (known and beginning.name not in WHOLE) or at % parts != part:
+            if known or at % parts != part:
                 continue
             for fault in faults:
                 wrong = strike(device, beginning, at, fault)

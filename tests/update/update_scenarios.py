@@ -210,6 +210,3 @@ SCENARIOS: dict[str, Scenario] = {
         for state in UNTIL_COMMIT
     },
 }
-
-WHOLE = ("a good release, the first start",)
-"""Scenarios in which every call is tried; in the others, what was not tried before."""
