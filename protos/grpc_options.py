@@ -46,6 +46,12 @@ SERVER: Final[Options] = (
     ("grpc.so_reuseport", 0),
 )
 
+SERVER_OF_ONE: Final[Options] = (
+    # A connection with a certificate is one device's: a watch, some reads, a report.
+    ("grpc.max_concurrent_streams", 16),
+)
+"""More of a server that knows one device behind each connection."""
+
 CLIENT: Final[Options] = (
     ("grpc.keepalive_time_ms", PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),

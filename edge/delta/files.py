@@ -91,8 +91,11 @@ class AtomicFile:
     Use it in a ``with`` block. Every failure of the disk is a :class:`StorageError`.
     """
 
-    def __init__(self, path: Path, *, fsync: bool = True, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, fsync: bool = True, resume: bool = False, mode: int | None = None
+    ) -> None:
         self._path = path
+        self._mode = mode
         self._fsync = fsync
         self._resume = resume
         self._temporary = path.with_name(path.name + TEMPORARY)
@@ -102,7 +105,11 @@ class AtomicFile:
     def __enter__(self) -> Self:
         with storage_errors(f"creating {self._temporary}"):
             flags = os.O_RDWR | os.O_CREAT | (0 if self._resume else os.O_TRUNC)
-            self._descriptor = os.open(self._temporary, flags, 0o644)
+            self._descriptor = os.open(
+                self._temporary, flags, 0o644 if self._mode is None else 0o600
+            )
+            if self._mode is not None:
+                os.fchmod(self._descriptor, self._mode)
             os.lseek(self._descriptor, 0, os.SEEK_END)
         return self
 
@@ -159,12 +166,17 @@ class AtomicFile:
             self._temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Replace ``path`` by ``data``: after a crash it holds all of the old or all of the new.
+
+    Args:
+        path: the file.
+        data: its new content.
+        mode: its permissions, from before the first byte on; None: what the umask leaves.
 
     Raises:
         StorageError: the disk is full or failed; the old content is still there.
     """
-    with AtomicFile(path) as file:
+    with AtomicFile(path, mode=mode) as file:
         file.write(data)
         file.commit()
