@@ -1,9 +1,10 @@
 """A cloud without learning: the real store, rollouts and fleet service, in a process of its own.
 
-    sockets_cloud.py FOLDER
+    sockets_cloud.py FOLDER plain|mtls
 
-It prints one JSON object a line: first its port and the file that devices trust; then, for each
-line of JSON on its standard input that names a bundle and a canary, the release that it made.
+It prints one JSON object a line: first its port, the file that devices trust and how to enrol the
+device; then, for each line of JSON on its standard input that names a bundle and a canary, the
+release that it made.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from cloud.releases.store import ReleaseStore
     from cloud.rollout.driver import RolloutDriver
 
-CHANNEL = "home"
+CHANNEL, DEVICE = "home", "kitchen"
 _TICK_S = 0.1
 HASTE = {"grpc.http2.min_ping_interval_without_data_ms": 100}  # fits sockets_agent.py
 grpc_options.SERVER = tuple({**dict(grpc_options.SERVER), **HASTE}.items())  # type: ignore[misc]
@@ -58,10 +59,12 @@ def publish(store: ReleaseStore, driver: RolloutDriver, order: dict[str, Any]) -
     )
 
 
-async def run(folder: Path) -> None:
+async def run(folder: Path, *, tls: bool) -> None:
     """Serve until the standard input ends."""
     from cloud.db import open_database
     from cloud.fleet.service import FleetService, serve
+    from cloud.identity.security import Security, TlsConfig, open_registry
+    from cloud.identity.service import serve_enrolment
     from cloud.releases.repository import Repository
     from cloud.releases.store import ReleaseStore
     from cloud.rollout.driver import RolloutDriver
@@ -76,9 +79,34 @@ async def run(folder: Path) -> None:
         registry=registry,
     )
     driver = RolloutDriver(engine=engine, clock=time.time, registry=registry)
-    service = FleetService(store=store, driver=driver, registry=registry)
-    server, port = await serve(service, listen="127.0.0.1:0")
-    say(port=port, trust=str(folder / "tuf" / "root.json"))
+    security, desk, enrolment = None, None, {}
+    if tls:
+        config = TlsConfig(hosts=("127.0.0.1",), enrolment="127.0.0.1:0")
+        security = Security(
+            state=folder, config=config, engine=engine, clock=time.time, registry=registry
+        )
+        security.look()
+        register = open_registry(folder, engine, clock=time.time)
+        register.add(DEVICE, channel=CHANNEL)
+        desk, at = await serve_enrolment(
+            security.enrolment,
+            listen=config.enrolment,
+            credentials=security.server.credentials(mutual=False),
+        )
+        enrolment = {
+            "token": register.invite(DEVICE),
+            "enrolment": f"127.0.0.1:{at}",
+            "ca": str(folder / "identity" / "ca.pem"),
+        }
+    service = FleetService(
+        store=store, driver=driver, registry=registry, access=security and security.access
+    )
+    server, port = await serve(
+        service,
+        listen="127.0.0.1:0",
+        credentials=security and security.server.credentials(mutual=True),
+    )
+    say(port=port, trust=str(folder / "tuf" / "root.json"), **enrolment)
 
     async def tick() -> None:
         while True:
@@ -89,9 +117,11 @@ async def run(folder: Path) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         await asyncio.to_thread(publish, store, driver, json.loads(line))
     ticking.cancel()
+    if desk is not None:
+        await desk.stop(None)
     await server.stop(None)
     await service.drain()
 
 
 if __name__ == "__main__":
-    asyncio.run(run(Path(sys.argv[1])))
+    asyncio.run(run(Path(sys.argv[1]), tls=sys.argv[2] == "mtls"))

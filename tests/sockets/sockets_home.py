@@ -19,6 +19,7 @@ import numpy as np
 
 from edge.delta.files import TEMPORARY
 from edge.delta.layout import tensors_in
+from edge.identity.enroll import enroll
 from edge.process import PARENT
 from edge.student.bundle import FILES, list_files, read_config
 from edge.student.runtime import Student, greedy
@@ -67,9 +68,11 @@ class Home:
     Args:
         folder: state and logs.
         student: the bundle of the device's first student.
+        line: "mtls", where device and cloud show each other certificates, or "plain".
     """
 
-    def __init__(self, folder: Path, student: Path) -> None:
+    def __init__(self, folder: Path, student: Path, line: str) -> None:
+        self.line = line
         self.failures: list[str] = []
         """Requests of people that were not answered."""
         self.answered = 0
@@ -85,8 +88,17 @@ class Home:
 
     def __enter__(self) -> Self:
         try:
-            self._cloud = self._launch("cloud", "sockets_cloud.py", str(self._folder / "cloud"))
+            self._cloud = self._launch(
+                "cloud", "sockets_cloud.py", str(self._folder / "cloud"), self.line
+            )
             hello = self._hear()
+            if self.line == "mtls":
+                enroll(
+                    self._folder / "identity",
+                    cloud=hello["enrolment"],
+                    token=hello["token"],
+                    authorities=Path(hello["ca"]).read_bytes(),
+                )
             self._trust = str(hello["trust"])
             self.proxy = Proxy(int(hello["port"])).__enter__()
             self.start()
@@ -115,6 +127,8 @@ class Home:
         command = ["edge", "--state", str(self._state), "--device", "kitchen", "--threads", "1"]
         command += ["--student", str(self._student), "--trust", self._trust]
         command += ["--broker", "127.0.0.1:1", "--cloud", f"127.0.0.1:{self.proxy.port}"]
+        if self.line == "mtls":
+            command += ["--identity", str(self._folder / "identity")]
         command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
         self._device = self._launch("device", "sockets_agent.py", *command)
         self.until((self._state / "agent.json").exists)
