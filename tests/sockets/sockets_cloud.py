@@ -99,12 +99,12 @@ async def run(folder: Path, *, tls: bool) -> None:
             "ca": str(folder / "identity" / "ca.pem"),
         }
     service = FleetService(
-        store=store, driver=driver, registry=registry, access=security and security.access
+        store=store, driver=driver, registry=registry, access=security.access if security else None
     )
     server, port = await serve(
         service,
         listen="127.0.0.1:0",
-        credentials=security and security.server.credentials(mutual=True),
+        credentials=security.server.credentials(mutual=True) if security else None,
     )
     say(port=port, trust=str(folder / "tuf" / "root.json"), **enrolment)
 
