@@ -178,7 +178,7 @@ class Curator:
 
     def tick(self) -> None:
         """Look once: go on with a job, publish a result, or decide to begin."""
-        self._roll_back()
+        self._bring()
         jobs = self._jobs.all()
         if self._jobs.running():
             progress = jobs[-1].progress or {}
@@ -222,13 +222,16 @@ class Curator:
             self._show(result)
         log.warning("no release: %s", result.get("error") or f"the gate says {result['checks']}")
 
-    def _roll_back(self) -> None:
-        content = self._driver.rollback(self._channel)
-        if content is None:
+    def _bring(self) -> None:
+        """Publish what a person ordered, or what an abort has to undo, and roll it out."""
+        wanted = self._driver.wanted(self._channel)
+        if wanted is None:
             return
-        self._releases.withdraw(self._channel, self._driver.state(self._channel).version)
-        release = self._releases.republish(self._channel, content.version)
-        log.warning("rolled back to the content of release %d", content.version)
+        rollout = self._driver.state(self._channel)
+        if rollout.phase == "aborted":
+            self._releases.withdraw(self._channel, rollout.version)
+        release = self._releases.republish(self._channel, wanted.content.version)
+        log.warning("release %d: content of %d", release.version, wanted.content.version)
         self._roll_out(release)
 
     def _roll_out(self, release: Release) -> None:

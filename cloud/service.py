@@ -35,7 +35,7 @@ from cloud.jobs import Jobs
 from cloud.releases.keys import open_keys
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 from cloud.students.importer import open_imported
 from edge.delta.files import write_atomic
 from edge.link.address import parse_address

@@ -16,7 +16,7 @@ from cloud.fleet.service import FleetService, serve
 from cloud.releases.keys import open_keys
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 from protos import grpc_options
 from protos.harness import Harness
 from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2

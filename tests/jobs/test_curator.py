@@ -16,6 +16,7 @@ from cloud.policy import PolicyConfig
 from cloud.releases.keys import open_keys
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
+from cloud.rollout.events import Abort
 from cloud.rollout.state import Phase
 from edge.student.bundle import digest
 from protos.errors import InvalidInputError, StorageError
@@ -339,7 +340,7 @@ def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Clou
     cloud.learn(job)
     cloud.curator.tick()
     cloud.driver.tick()
-    cloud.driver.abort("home", "people complain")
+    cloud.driver.obey("home", Abort("people complain"))
     cloud.curator.tick()
     latest = cloud.latest()
     assert (latest.version, latest.student) == (3, digest(cloud.student))

@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database, write
 from cloud.rollout.driver import RolloutChannelRow, RolloutDriver
-from cloud.rollout.events import Outcome, Report
-from cloud.rollout.state import Content, Health, Phase, Plan
+from cloud.rollout.events import Abort, Outcome, Pause, Report, Resume
+from cloud.rollout.plan import Plan
+from cloud.rollout.state import Content, Health, Phase, Wanted
 from protos.errors import IntegrityError, InvalidInputError, StorageError
 
 if TYPE_CHECKING:
@@ -191,20 +192,20 @@ def test_a_rollback_that_is_due_is_known_after_a_restart(cloud: Cloud) -> None:
     cloud.connect("hall")
     cloud.driver.begin("home", 2, student=OLD)
     cloud.driver.begin("home", 3, student=NEW)
-    assert cloud.driver.abort("home", "complaints") == Content(2, OLD)
+    assert cloud.driver.obey("home", Abort("complaints"))
     cloud.restart()
-    assert cloud.driver.rollback("home") == Content(2, OLD)
+    assert cloud.driver.wanted("home") == Wanted(Content(2, OLD))
     cloud.driver.begin("home", 4, student=OLD)
-    assert cloud.driver.rollback("home") is None
+    assert cloud.driver.wanted("home") is None
 
 
 def test_a_pause_outlives_a_restart(cloud: Cloud) -> None:
     cloud.connect("hall")
     cloud.driver.begin("home", 2, student=NEW)
-    cloud.driver.pause("home")
+    cloud.driver.obey("home", Pause())
     cloud.restart()
     assert cloud.phase() is Phase.PAUSED
-    cloud.driver.resume("home")
+    cloud.driver.obey("home", Resume())
     assert cloud.phase() is Phase.RUNNING
 
 

@@ -7,7 +7,7 @@ from enum import Enum, StrEnum, auto
 from random import Random
 from typing import Any
 
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 
 START = 1_800_000_000.0
 FAULTS_S = 200.0
