@@ -31,6 +31,7 @@ from cloud.evidence.ingest import Ingest
 from cloud.evidence.metrics import IngestMetrics
 from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService, serve
+from cloud.guarding import Guarding
 from cloud.jobs import Jobs
 from cloud.releases.keys import open_keys
 from cloud.releases.store import ReleaseStore
@@ -44,6 +45,7 @@ from protos.errors import AnabranchError
 from protos.topics import check_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from grpc import aio
@@ -128,6 +130,9 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             config=config.curator,
             registry=registry,
         )
+        guarding = Guarding(
+            channel=config.channel, evidence=evidence, driver=driver, clock=time.time
+        )
         ingest = Ingest(
             address=parse_address(config.broker),
             store=evidence,
@@ -153,7 +158,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         write_atomic(config.state / "cloud.json", json.dumps(note, indent=1).encode() + b"\n")
         stack.callback((config.state / "cloud.json").unlink, missing_ok=True)
         log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
-        await _tick_until_stopped(curator, driver)
+        await _tick_until_stopped(driver.tick, guarding.tick, curator.tick)
         log.info("stopping")
 
 
@@ -162,7 +167,7 @@ async def _stop_serving(server: aio.Server, service: FleetService) -> None:
     await service.drain()
 
 
-async def _tick_until_stopped(curator: Curator, driver: RolloutDriver) -> None:
+async def _tick_until_stopped(*ticks: Callable[[], None]) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -170,8 +175,8 @@ async def _tick_until_stopped(curator: Curator, driver: RolloutDriver) -> None:
     while not stopped.is_set():
         pause = _TROUBLE_S
         try:
-            await asyncio.to_thread(driver.tick)
-            await asyncio.to_thread(curator.tick)
+            for tick in ticks:
+                await asyncio.to_thread(tick)
             pause = _TICK_S
         except AnabranchError as error:  # a full disk must not end the service: it retries
             log.error("%s", error)  # noqa: TRY400  # the message is for people

@@ -53,7 +53,7 @@ class Plan:
     """...for this long, twice as long with each failure more..."""
     box_max_s: float = 604_800.0
     """...but never longer than this."""
-    guard_error: float = 0.01
+    guard_error: float = 0.05
     """The guard halts a release that is no worse with at most this probability; 0: no guard."""
     guard_margin: float = 0.05
     """By how much more of people's feedback, or of devices, must be bad for the guard to halt."""
