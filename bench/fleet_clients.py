@@ -79,9 +79,9 @@ class Devices:
 
     async def _fetch(self, name: str, channel: aio.Channel, order: dict[str, Any]) -> float:
         stub = fleet_pb2_grpc.FleetStub(channel)
-        began = time.monotonic()
         if "plain" not in order:
             await self._report(stub, name, order, fleet_pb2.UPDATE_STATE_FETCHING)
+        began = time.monotonic()
         size, offset = order["size"], 0
         while offset < size:
             request = fleet_pb2.ReadRequest(

@@ -24,7 +24,7 @@ from cloud.fleet.service import FleetService, serve
 from cloud.releases.keys import open_keys
 from cloud.releases.store import WEIGHTS, ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import REST, Plan
+from cloud.rollout.plan import REST, Plan
 from protos.grpc_options import MAX_CHUNK_BYTES, SERVER
 from protos.harness import Harness
 from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2

@@ -248,8 +248,11 @@ class RolloutDriver:
             body = dump_device(after.devices[name])
             row = {"channel": after.channel, "device": name, "body": body}
             (known if name in before.devices else new).append(row)
+        header = dump_header(after)
         with write(self._engine) as session:
-            session.merge(RolloutChannelRow(channel=after.channel, header=dump_header(after)))
+            # Most events change a device only.
+            if before.version == 0 or header != dump_header(before):
+                session.merge(RolloutChannelRow(channel=after.channel, header=header))
             # In bulk: opening the last wave changes thousands of devices in one transaction.
             if known:
                 session.execute(update(RolloutDeviceRow), known)

@@ -56,7 +56,7 @@ def test_more_corrections_on_several_devices_are_worse_and_the_reason_says_how()
     after = items({"hall": 7, "attic": 8}, {"hall": 1})
     reason = corrected(before, after)
     assert reason is not None
-    assert "8 judged answers were corrected, on 2 devices, where 1.0 would be usual" in reason
+    assert "8 of 8 judged answers were corrected, on 2 devices, where 0.9 would be usual" in reason
 
 
 def test_as_many_corrections_as_before_are_not_worse() -> None:
