@@ -6,8 +6,8 @@ they, the server and a health checker share the machine's cores and its loopback
 
 1. A thousand streams open. Memory is the server's resident set above what it was before the first.
 2. A release begins; the time runs until the last device has heard of it.
-3. Some devices read a delta at once, each with its reports. Beside it: the same bytes out of the
-   memory of a gRPC server that does nothing else.
+3. Some devices read a delta at once, then again with a report before and after, as devices do.
+   Beside it: the same bytes out of the memory of a gRPC server that does nothing else.
 4. More streams, a thousand at a time, until a bound of the issue breaks or ``--most`` are open.
 
 Health is checked twenty times a second all the while, at a fixed pace: a late answer delays no
@@ -186,11 +186,14 @@ class Bench:
             pass
         return float(said["last"])
 
-    def fetch(self, devices: int, *, plain: bool = False) -> dict[str, float]:
+    def fetch(
+        self, devices: int, *, reports: bool = False, plain: bool = False
+    ) -> dict[str, float]:
         """So many devices read the delta at once."""
         (sha256, size) = self._second["deltas"][-1]
         order: dict[str, Any] = {"sha256": sha256, "size": size, "devices": devices}
         order |= {"version": self._second["version"], "student": self._second["student"]}
+        order["reports"] = reports
         if plain:
             order["plain"] = self.known["plain"]
         self.server.forget_peak()
@@ -247,6 +250,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, A
         first = during("open", lambda: bench.more(options.streams))
         first |= during("notify", bench.notify)
         fetched = during("fetch", lambda: bench.fetch(options.devices))
+        reported = during("fetch, reports", lambda: bench.fetch(options.devices, reports=True))
         ended = time.monotonic()
         phases["all"] = (began, ended)
         processor = bench.server.processor_s() - bench.idle_processor_s
@@ -278,6 +282,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, A
         "processor_s": processor,
         "open": first,
         "fetch": fetched,
+        "fetch_with_reports": reported,
         "fetch_from_memory": ceiling,
         "share_of_memory_speed": fetched["mb_per_s"] / ceiling["mb_per_s"],
         "health": checked,
@@ -320,7 +325,7 @@ def main() -> None:
             f"{row['notify_all_s']:.2f} s",
             f"{row['health_p99_ms']:.0f} ms",
         )
-    Console().print(table, figures["fetch"], figures["fetch_from_memory"])
+    Console().print(table, *(figures[f"fetch{what}"] for what in ("", "_with_reports", "_from_memory")))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Devices:
                 say(version=target.release, last=max(heard), first=min(heard))
 
     async def fetch(self, order: dict[str, Any]) -> None:
-        """Some devices read a delta at once, and report before and after as devices do."""
+        """Some devices read a delta at once, and may report before and after as devices do."""
         plain = order.get("plain")
         channels = {
             name: connect(plain) if plain else self._channels[name]
@@ -79,7 +79,7 @@ class Devices:
 
     async def _fetch(self, name: str, channel: aio.Channel, order: dict[str, Any]) -> float:
         stub = fleet_pb2_grpc.FleetStub(channel)
-        if "plain" not in order:
+        if order["reports"]:
             await self._report(stub, name, order, fleet_pb2.UPDATE_STATE_FETCHING)
         began = time.monotonic()
         size, offset = order["size"], 0
@@ -90,7 +90,7 @@ class Devices:
             async for chunk in stub.Read(request):
                 offset += len(chunk.data)
         seconds = time.monotonic() - began
-        if "plain" not in order:
+        if order["reports"]:
             await self._report(stub, name, order, fleet_pb2.UPDATE_STATE_COMMITTED)
         return seconds
 

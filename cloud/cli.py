@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cloud.rollout_cli import add_device_commands, rollout_app
 from protos.errors import AnabranchError
 
 app = typer.Typer(
@@ -29,6 +30,10 @@ Each part is a process of its own:
 )
 student_app = typer.Typer(no_args_is_help=True, help="Bring models in.")
 app.add_typer(student_app, name="student")
+app.add_typer(rollout_app, name="rollout")
+device_app = typer.Typer(no_args_is_help=True, help="Devices of a cloud.")
+app.add_typer(device_app, name="device")
+add_device_commands(device_app)
 
 Channel = Annotated[str, typer.Option(help="The group of devices that gets the same releases.")]
 Broker = Annotated[str, typer.Option(help="MQTT 5 broker, host:port.")]
@@ -116,6 +121,10 @@ def cloud(
     max_base_kl: Annotated[
         float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
     ] = 0.2,
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
+    ] = None,
     threads: Threads = 2,
 ) -> None:
     """Store evidence, adapt when it is worth it, release what passes the gate. Ctrl-C stops it."""
@@ -124,6 +133,7 @@ def cloud(
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
     from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
+    from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
@@ -140,6 +150,7 @@ def cloud(
             grpc=grpc,
             metrics=metrics,
             curator=curator,
+            plan=read_plan(plan) if plan else Plan(),
         )
     )
 

@@ -33,6 +33,7 @@ COMMANDS = {
             "--budget",
             "--min-new",
             "--max-base-kl",
+            "--plan",
             "--threads",
         ),
     ],
@@ -41,6 +42,16 @@ COMMANDS = {
         *("--listen", "--metrics", "--expected-corrections", "--threads", "--memory-limit"),
     ],
     "demo": ["--out", "--seed", "--threads"],
+    "rollout list": ["--state", "--json"],
+    "rollout show": ["--state", "--channel", "--json"],
+    "rollout start": ["--state", "--channel", "--release", "--plan", "--reason"],
+    "rollout pause": ["--state", "--channel"],
+    "rollout resume": ["--state", "--channel"],
+    "rollout abort": ["--state", "--channel", "--reason"],
+    "rollout rollback": ["--state", "--channel", "--to", "--plan", "--reason"],
+    "device pin": ["--state", "--channel", "--release"],
+    "device unpin": ["--state", "--channel"],
+    "device unbox": ["--state", "--channel"],
 }
 
 
@@ -86,7 +97,7 @@ def complaint(ended: Ended) -> str:
 def test_help_names_every_command(anabranch: Anabranch) -> None:
     ended = anabranch("--help")
     assert ended.code == 0
-    for name in ("broker", "student", "cloud", "edge", "demo"):
+    for name in ("broker", "student", "cloud", "edge", "demo", "rollout", "device"):
         assert re.search(rf"\b{name}\b", ended.out)
 
 
