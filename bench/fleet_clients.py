@@ -134,8 +134,7 @@ async def checker(options: dict[str, Any]) -> None:
 
         async def check() -> None:
             began = time.monotonic()
-            reply = await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            await stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True)
             seen.append((began, time.monotonic() - began))
 
         while not ended.done():

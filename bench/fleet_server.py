@@ -103,9 +103,7 @@ async def run(folder: Path, delta_bytes: int) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         order = json.loads(line)
         began = time.monotonic()
-        await asyncio.to_thread(
-            driver.begin, CHANNEL, order["version"], student=order["student"]
-        )
+        await asyncio.to_thread(driver.begin, CHANNEL, order["version"], student=order["student"])
         say(at=began, stored_s=time.monotonic() - began)
     ticking.cancel()
     await asyncio.gather(server.stop(0), plain.stop(0))

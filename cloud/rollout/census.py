@@ -48,9 +48,7 @@ Census = Counter[Standing]
 def standing(device: Device, version: int) -> Standing:
     """Where a device stands in the rollout of release ``version``."""
     ahead = device.release > version
-    return Standing(
-        device.wave, device.health, device.online, device.excused, ahead, device.aside
-    )
+    return Standing(device.wave, device.health, device.online, device.excused, ahead, device.aside)
 
 
 def take(devices: Iterable[Device], version: int) -> Census:

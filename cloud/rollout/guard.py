@@ -165,10 +165,7 @@ def p_value(tables: Iterable[Table]) -> float:
         bad = bad_after + bad_before
         least, most = max(0, bad - before), min(bad, after)
         logs = np.array(
-            [
-                _log_choose(after, x) + _log_choose(before, bad - x)
-                for x in range(least, most + 1)
-            ]
+            [_log_choose(after, x) + _log_choose(before, bad - x) for x in range(least, most + 1)]
         )
         share = np.exp(logs - logs.max())
         chances = np.convolve(chances, share / share.sum())

@@ -27,7 +27,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, assert_never
+from typing import assert_never
 
 from cloud.rollout import devices, waves
 from cloud.rollout.events import (

@@ -112,6 +112,14 @@ class Plan:
         """Whether a maintenance window is open (``now`` in seconds since the epoch)."""
         return windows.is_open(self.windows, self.time_zone, now)
 
+    def may_join(self, updating: int) -> float:
+        """How many more devices may begin while so many update.
+
+        >>> Plan(max_updating=3).may_join(2), Plan().may_join(2)
+        (1, inf)
+        """
+        return max(0, self.max_updating - updating) if self.max_updating else math.inf
+
     def box_seconds(self, strikes: int) -> float:
         """How long a device is set aside that has failed so often; 0: not at all.
 
@@ -154,7 +162,9 @@ def plan_of(values: dict[str, Any]) -> Plan:
         InvalidInputError: a key is not :class:`Plan`'s, or a value is of another type.
     """
     kinds: dict[str, tuple[type, ...]] = {
-        f.name: {"int": (int,), "float": (int, float), "str": (str,)}.get(str(f.type), (list, tuple))
+        f.name: {"int": (int,), "float": (int, float), "str": (str,)}.get(
+            str(f.type), (list, tuple)
+        )
         for f in fields(Plan)
     }
     for name, value in values.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,7 @@ def admit(state: Rollout, now: float) -> Rollout:
         return state
     free = 0.0
     if plan.may_begin(now):
-        updating = count(state, lambda s: s.health is Health.UPDATING)
-        free = plan.max_updating - updating if plan.max_updating else math.inf
+        free = plan.may_join(count(state, lambda s: s.health is Health.UPDATING))
     places = min(room, ready + free)
     if places <= 0:
         return state

@@ -204,14 +204,14 @@ def main(folder: Path) -> None:
         kills[where] += 1
         story = Story()
         for step in story.steps[: answered + 1]:  # a device reports what it has done already
-            _remember(story, step)
+            _remember(step)
         end = play(path, story, answered, lambda _: None)
         assert end == expected, f"killed at write {point} ({where}): {end} is not {expected}"
         point += 1
     print(json.dumps({"kills": kills, "end": expected}))  # noqa: T201
 
 
-def _remember(story: Story, step: Callable[[Any], None]) -> None:
+def _remember(step: Callable[[Any], None]) -> None:
     """Let devices know what they ran when the cloud was killed: they did not forget."""
 
     class Nothing:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -20,6 +20,9 @@ from cloud.rollout.events import Pin, Resume
 from cloud.rollout.orders import OrderRow, Orders
 from cloud.rollout.state import Content, Phase, Wanted
 from edge.process import locked
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 OLD, NEW = "aa" * 32, "bb" * 32
 Anabranch = Callable[..., tuple[int, str]]

@@ -146,9 +146,7 @@ class Cloud:
             return
         self._judged = seen
         signals = guard.evidence(state, self.judgements, self.alarms)
-        reason = guard.judge(
-            signals, error=state.plan.guard_error, margin=state.plan.guard_margin
-        )
+        reason = guard.judge(signals, error=state.plan.guard_error, margin=state.plan.guard_margin)
         if reason is not None:
             self._try(Worse(state.version, reason))
 

@@ -58,9 +58,8 @@ def needed(plan: Plan, members: int) -> int:
 def _in_window(plan: Plan, now: float) -> bool:
     """By the clock on the wall, written out again."""
     hours = 5.5 if plan.time_zone == "Asia/Kolkata" else 0.0
-    wall = f"{divmod((now + hours * 3600) % 86400 // 60, 60)[0]:02.0f}:" + (
-        f"{(now + hours * 3600) % 86400 // 60 % 60:02.0f}"
-    )
+    minutes = int((now + hours * 3600) % 86400) // 60
+    wall = f"{minutes // 60:02}:{minutes % 60:02}"
     spans = (window.split("-") for window in plan.windows)
     return any(b <= wall < e if b < e else wall >= b or wall < e for b, e in spans)
 
@@ -217,9 +216,7 @@ class Ledger:
                     ):
                         raise BrokenInvariantError(END, f"{device.name} may be silent for ever")
 
-    def _check_bounds(
-        self, before: Rollout, after: Rollout, changed: list[state.Device]
-    ) -> None:
+    def _check_bounds(self, before: Rollout, after: Rollout, changed: list[state.Device]) -> None:
         """Windows, the limit at once, pins and the penalty box."""
         plan, now = after.plan, self._world.agenda.now
         for device in changed:
