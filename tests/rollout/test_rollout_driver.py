@@ -170,6 +170,25 @@ def test_devices_that_connected_before_the_first_release_are_told_of_it(cloud: C
     assert cloud.driver.target("home", "hall") == 1
 
 
+def test_channels_go_their_own_ways_at_once_and_after_a_restart(cloud: Cloud) -> None:
+    driver = cloud.driver
+    for channel, device in (("home", "hall"), ("office", "hall"), ("office", "desk")):
+        driver.connected(channel, device, student=OLD, release=1)
+    driver.begin("home", 2, student=NEW)
+    driver.begin("office", 7, student="cc" * 32)
+    assert driver.target("home", "hall") == 2
+    driver.report("office", committed("hall", student="cc" * 32, release=7))
+    driver.obey("office", Pause())
+    assert cloud.phase() is Phase.RUNNING, "home goes on"
+    driver.report("home", committed("hall"))
+    cloud.restart()
+    assert cloud.phase() is Phase.DONE
+    office = cloud.driver.state("office")
+    assert (office.version, office.phase) == (7, Phase.PAUSED)
+    assert set(cloud.driver.states()) == {"home", "office"}
+    assert office.devices["hall"].student != cloud.driver.state("home").devices["hall"].student
+
+
 def test_only_who_has_a_new_target_is_woken(cloud: Cloud) -> None:
     woken: list[str] = []
     cloud.connect("attic", "hall")

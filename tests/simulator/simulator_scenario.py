@@ -100,7 +100,7 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
 
     size = random.random()
     if devices is None:
-        small = random.choice((1, 1, 1, 2, 2, 2, 3, 3, 4, 5))
+        small = random.choice((1, 1, 1, 2, 2, 2, 2, 3, 3, 4))
         dozens, hundreds = random.randint(8, 24), random.randint(100, 250)
         devices = hundreds if size < 0.002 else dozens if size < 0.018 else small
     return Scenario(
@@ -120,7 +120,7 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
         skew=some(0.4, 3600.0),
         orders=some(0.5, 6.0),
         kinds=tuple(random.choices(_KINDS, k=random.choice((1, 2, 2, 3, 5)))),
-        demonstrations=random.choice((0.0, 0.0, 2.0, 20.0)),
+        demonstrations=random.choice((0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 16.0)),
         pins=some(0.3, 4.0),
     )
 
