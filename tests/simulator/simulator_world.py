@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FACTORY = "factory"
 EVIL = "evil"
 _TICK_S = 15.0
-_QUIET_S = 200_000.0  # a window opens once a day
+_QUIET_S = 500_000.0  # a window opens once a day, and each wave may need one
 _SLOW_S = 900.0
 
 
