@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cloud.evidence.store import EvidenceStore
     from cloud.rollout.driver import RolloutDriver
 
-_ACTS = (Phase.RUNNING, Phase.PAUSED, Phase.DONE)
+_ACTS = (Phase.RUNNING, Phase.PAUSED)
 
 
 class Guarding:
@@ -57,6 +57,7 @@ class Guarding:
         if (
             not plan.guard_error
             or state.by_guard
+            or state.complete
             or state.phase not in _ACTS
             or now > state.began_at + plan.guard_before_s
         ):

@@ -20,8 +20,8 @@
     longer: no wave takes it, none waits for it. What failed counts in its own rollout all the same,
     or a bad release would clear its own record.
 11. A device that a person pinned stays at its release; no wave takes it.
-12. The guard halts a release that works and serves people worse (:mod:`cloud.rollout.guard`). A
-    person who resumes has overruled it.
+12. Until the rollout is done, the guard halts a release that works and serves people worse
+    (:mod:`cloud.rollout.guard`). What comes later is drift. A person who resumes has overruled it.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _bring(state: Rollout, event: Bring) -> Rollout:
 
 
 def _worse(state: Rollout, event: Worse) -> Rollout:
-    if event.release != state.version or state.phase not in _OPEN or state.by_guard:
+    late = state.complete or state.phase not in _OPEN
+    if event.release != state.version or late or state.by_guard:
         return state
     return replace(state, phase=Phase.HALTED, reason=event.reason, by_guard=True)
 

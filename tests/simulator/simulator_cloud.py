@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tests.simulator.simulator_world import World
 
 CHANNEL = "home"
-_OPEN = (Phase.RUNNING, Phase.PAUSED, Phase.DONE)
+_OPEN = (Phase.RUNNING, Phase.PAUSED)
 _OUTCOMES = {State.COMMITTED: Outcome.COMMITTED, State.FAILED: Outcome.FAILED} | {
     State.INCONSISTENT: Outcome.FAILED
 }
@@ -141,8 +141,9 @@ class Cloud:
     def _guard(self) -> None:
         """As :class:`cloud.guarding.Guarding` does."""
         state = self.state
-        seen = (state.version, len(self.judgements), len(self.alarms), state.phase)
-        if state.by_guard or state.phase not in _OPEN or seen == self._judged:
+        took = sum(d.committed_at > 0.0 for d in state.devices.values())
+        seen = (state.version, len(self.judgements), len(self.alarms), state.phase, took)
+        if state.by_guard or state.complete or state.phase not in _OPEN or seen == self._judged:
             return
         self._judged = seen
         signals = guard.evidence(state, self.judgements, self.alarms)

@@ -134,7 +134,7 @@ def _plan(random: Random) -> Plan:
         "halt_share": random.choice((0.1, 0.2, 0.5)),
         "silence_s": 60.0,
         "total_s": 150.0,
-        "soak_s": random.choice((0.0, 0.0, 20.0)),
+        "soak_s": random.choice((0.0, 0.0, 20.0, 120.0)),
         "max_flaps": random.randint(1, 3),
         "max_updating": random.choice((0, 0, 0, 1, 2)),
         "windows": random.choice((*((),) * 5, *_WINDOWS)),
