@@ -58,7 +58,7 @@ class Plan:
     guard_margin: float = 0.05
     """By how much more of people's feedback, or of devices, must be bad for the guard to halt."""
     guard_before_s: float = 604_800.0
-    """How far before the release the guard looks for what was usual; it acts no longer than that."""
+    """How far back the guard looks for what was usual; it acts no longer than that, either."""
 
     def __post_init__(self) -> None:
         if not self.waves or self.waves[-1] != REST or REST in self.waves[:-1]:
