@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 from random import Random
 from typing import Any
@@ -103,7 +103,7 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
         small = random.choice((1, 1, 1, 2, 2, 2, 2, 3, 3, 4))
         dozens, hundreds = random.randint(8, 24), random.randint(100, 250)
         devices = hundreds if size < 0.002 else dozens if size < 0.018 else small
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         devices=devices,
         plan=_plan(random),
@@ -122,6 +122,23 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
         kinds=tuple(random.choices(_KINDS, k=random.choice((1, 2, 2, 3, 5)))),
         demonstrations=random.choice((0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 16.0)),
         pins=some(0.3, 4.0),
+    )
+    return _talkative(scenario) if random.random() < 0.015 else scenario
+
+
+def _talkative(scenario: Scenario) -> Scenario:
+    """People say much, nobody steps in, and a wave takes long enough for the guard to listen."""
+    plan = replace(
+        scenario.plan, waves=(0.5, "rest"), soak_s=150.0, windows=(), max_updating=0
+    )  # fmt: skip
+    return replace(
+        scenario,
+        plan=plan,
+        devices=max(4, min(scenario.devices, 8)),
+        kinds=(Kind.DISLIKED,),
+        demonstrations=40.0,
+        orders=0.0,
+        pins=0.0,
     )
 
 
