@@ -37,10 +37,11 @@ _WEIGHTS_BYTES = 24_000_000
 _TICK_S = 1.0
 
 
-class FromMemory(fleet_pb2_grpc.FleetServicer):
+class FromMemory(FleetService):
     """Answers reads at once: no disk, no database, no thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, **rooms: Any) -> None:  # noqa: ANN401 - the service's
+        super().__init__(**rooms)
         self._chunk = secrets.token_bytes(MAX_CHUNK_BYTES)
 
     async def Read(  # noqa: N802 - the name is the protocol's
@@ -95,7 +96,8 @@ async def run(folder: Path, delta_bytes: int) -> None:
     service = FleetService(store=store, driver=driver, registry=registry)
     server, port = await serve(service, listen="127.0.0.1:0")
     plain = aio.server(options=SERVER)
-    fleet_pb2_grpc.add_FleetServicer_to_server(FromMemory(), plain)
+    memory = FromMemory(store=store, driver=driver, registry=CollectorRegistry())
+    fleet_pb2_grpc.add_FleetServicer_to_server(memory, plain)
     plain_port = plain.add_insecure_port("127.0.0.1:0")
     await plain.start()
     say(address=f"127.0.0.1:{port}", plain=f"127.0.0.1:{plain_port}", releases=releases)

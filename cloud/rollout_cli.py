@@ -82,8 +82,8 @@ def show(state: State, channel: Channel = "home", *, as_json: Json = False) -> N
     _table(columns, [[d[name] for name in columns] for d in devices])
     if orders:
         typer.echo()
-        columns = ("order", "asked", "person", "body", "answer")
-        _table(columns, [[o[name] for name in columns] for o in orders])
+        parts = ("order", "asked", "person", "body", "answer")
+        _table(parts, [[o[name] for name in parts] for o in orders])
 
 
 @rollout_app.command()

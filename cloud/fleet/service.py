@@ -210,7 +210,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         """A piece of a blob: at once from the system's cache, else by a thread from the disk."""
         blobs = self._store.blobs
         cached = blobs.read_cached(sha256, offset, length)
-        return cached or await asyncio.to_thread(blobs.read, sha256, offset, length)
+        if cached is not None:
+            return cached
+        return await asyncio.to_thread(blobs.read, sha256, offset, length)
 
     async def _drive(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Have the driver do something. It does one thing at a time: more threads would only wait.

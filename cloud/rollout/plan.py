@@ -174,7 +174,7 @@ def plan_of(values: dict[str, Any]) -> Plan:
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
             msg = f"{name} of a rollout plan cannot be {value!r}"
             raise InvalidInputError(msg)
-    taken = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    taken: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
     if not all(isinstance(window, str) for window in taken.get("windows", ())):
         msg = f'windows of a rollout plan are texts such as "02:00-05:00", not {taken["windows"]}'
         raise InvalidInputError(msg)

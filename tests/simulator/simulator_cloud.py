@@ -108,9 +108,9 @@ class Cloud:
             return
         if (wanted := self.state.wanted()) is not None:
             student = wanted.content.student
-            newest = self.releases[max(self.releases)]
-            if (newest.version, newest.student) == (self.state.version, self.state.student) or (
-                newest.student != student
+            last = self.releases[max(self.releases)]
+            if (last.version, last.student) == (self.state.version, self.state.student) or (
+                last.student != student
             ):
                 self.publish(self._world.kind(student), student)
         newest = max(self.releases, default=0)

@@ -260,7 +260,8 @@ class Ledger:
         if failed >= plan.halt_failures and failed >= plan.halt_share * settled:
             raise BrokenInvariantError(LIMIT, f"{failed} of {settled} failed, and it goes on")
         failed, size = count[after.wave, "failed"], members[after.wave]
-        size += min(plan.capacity(after.wave, len(after.devices)) - size, _held_back(after))
+        room = plan.capacity(after.wave, len(after.devices)) - size
+        size += int(min(room, _held_back(after)))
         if failed and not after.complete and size - failed < needed(plan, size):
             raise BrokenInvariantError(LIMIT, f"{failed} of wave {after.wave}'s {size} failed")
 

@@ -195,9 +195,9 @@ class World:
             device.start()
         self.cloud.survive()
         self.cloud.curate()
-        for device in list(self.cloud.state.devices.values()):
-            if device.pinned is not None:
-                self.cloud.order(Unpin(device.name))
+        for known in list(self.cloud.state.devices.values()):
+            if known.pinned is not None:
+                self.cloud.order(Unpin(known.name))
         if self.cloud.state.phase is Phase.PAUSED or (
             self.cloud.state.phase is Phase.HALTED and self.random.random() < 0.5
         ):
