@@ -75,7 +75,7 @@ class Guarding:
             guard.Alarm(a.device, a.student, a.received_ms / 1000)
             for a in self._evidence.alarms(self._channel, since_ms=since_ms)
         ]
-        took = sum(d.committed_at > 0.0 for d in state.devices.values())
+        took = len(guard.those_that_took(state))
         judged = (state.version, self._read, len(alarms), took)
         if judged == self._judged:
             return

@@ -30,7 +30,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from cloud.rollout.state import Rollout
+    from cloud.rollout.state import Device, Rollout
 
 FIRST_LOOK: Final = 8
 """Items after the release, at the first look; each later one has twice as many."""
@@ -81,6 +81,12 @@ class Alarm:
     at: float
 
 
+def those_that_took(state: Rollout) -> list[Device]:
+    """The devices that took the release in their wave, in the order in which they did."""
+    took = (d for d in state.devices.values() if d.wave is not None and d.committed_at)
+    return sorted(took, key=lambda d: (d.committed_at, d.name))
+
+
 def evidence(
     state: Rollout, judgements: Iterable[Judgement], alarms: Iterable[Alarm]
 ) -> list[Signal]:
@@ -91,10 +97,7 @@ def evidence(
         judgements: in the order in which they were stored.
         alarms: in any order.
     """
-    took = sorted(
-        (d for d in state.devices.values() if d.wave is not None and d.committed_at),
-        key=lambda d: (d.committed_at, d.name),
-    )
+    took = those_that_took(state)
     names = {d.name for d in took}
     begin = state.began_at - state.plan.guard_before_s
     before: list[Judgement] = []

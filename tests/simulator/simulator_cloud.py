@@ -141,7 +141,7 @@ class Cloud:
     def _guard(self) -> None:
         """As :class:`cloud.guarding.Guarding` does."""
         state = self.state
-        took = sum(d.committed_at > 0.0 for d in state.devices.values())
+        took = len(guard.those_that_took(state))
         seen = (state.version, len(self.judgements), len(self.alarms), state.phase, took)
         if state.by_guard or state.complete or state.phase not in _OPEN or seen == self._judged:
             return
