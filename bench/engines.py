@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from prometheus_client import CollectorRegistry
 
 from cloud.demo.processes import free_address
-from cloud.releases import keys
+from cloud.releases.repository import Repository
 from edge.process import PARENT
 from protos.errors import UnavailableError
 
@@ -78,10 +79,10 @@ def agent(
         UnavailableError: it did not start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    keys.open_keys(folder / "keys")
+    Repository(state=folder, clock=time.time, registry=CollectorRegistry())
     command = [str(python), "-m", "cloud.cli", "edge", "--device", "bench"]
     command += ["--state", str(folder / "state"), "--student", str(bundle)]
-    command += ["--trust", str(folder / "keys" / keys.PUBLIC)]
+    command += ["--trust", str(folder / "tuf" / "root.json")]
     command += ["--broker", free_address(), "--cloud", cloud or free_address()]
     command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0", "--threads", str(threads)]
     note = folder / "state" / "agent.json"

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import WEIGHTS, ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import REST, Plan
@@ -85,7 +85,7 @@ async def run(folder: Path, delta_bytes: int) -> None:
     store = ReleaseStore(
         folder=folder,
         engine=engine,
-        signer=open_keys(folder / "keys"),
+        repository=Repository(state=folder, clock=time.time, registry=registry),
         clock=time.time,
         registry=registry,
     )

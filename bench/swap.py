@@ -33,7 +33,7 @@ from rich.table import Table
 from bench import engines, setup, student
 from cloud.db import open_database
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
@@ -107,7 +107,7 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=open_database(folder / "cloud.sqlite"),
-            signer=open_keys(folder / "keys"),
+            repository=Repository(state=folder, clock=time.time, registry=registry),
             clock=time.time,
             registry=registry,
         )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cloud.cli_trust import keys_app, release_app
 from cloud.rollout_cli import add_device_commands, rollout_app
 from protos.errors import AnabranchError
 
@@ -23,7 +24,7 @@ Each part is a process of its own:
     anabranch student import --out student
     anabranch cloud --state cloud --student student
     anabranch edge --state kitchen --device kitchen --student student/bundle
-                   --trust cloud/keys/trusted.pem
+                   --trust cloud/tuf/root.json
 
 `anabranch demo` runs them all, and a town of three homes around them.
 """,
@@ -34,6 +35,8 @@ app.add_typer(rollout_app, name="rollout")
 device_app = typer.Typer(no_args_is_help=True, help="Devices of a cloud.")
 app.add_typer(device_app, name="device")
 add_device_commands(device_app)
+app.add_typer(keys_app, name="keys")
+app.add_typer(release_app, name="release")
 
 Channel = Annotated[str, typer.Option(help="The group of devices that gets the same releases.")]
 Broker = Annotated[str, typer.Option(help="MQTT 5 broker, host:port.")]
@@ -125,6 +128,12 @@ def cloud(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
     ] = None,
+    timestamp_hours: Annotated[
+        float, typer.Option(min=0.1, help="A held back device notices after as long.")
+    ] = 24,
+    targets_days: Annotated[
+        float, typer.Option(min=1, help="Until the list of releases must be signed again.")
+    ] = 365,
     threads: Threads = 2,
 ) -> None:
     """Store evidence, adapt when it is worth it, release what passes the gate. Ctrl-C stops it."""
@@ -133,6 +142,7 @@ def cloud(
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
     from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
+    from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
     from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
     curator = CuratorConfig(
@@ -151,6 +161,11 @@ def cloud(
             metrics=metrics,
             curator=curator,
             plan=read_plan(plan) if plan else Plan(),
+            lifetimes=Lifetimes(
+                targets=targets_days * 86_400,
+                snapshot=7 * timestamp_hours * 3600,
+                timestamp=timestamp_hours * 3600,
+            ),
         )
     )
 
@@ -159,7 +174,7 @@ def cloud(
 def edge(
     state: Annotated[Path, typer.Option(help="Folder of everything that lasts.")],
     device: Annotated[str, typer.Option(help="This device's name.")],
-    trust: Annotated[Path, typer.Option(help="PEM file: keys whose releases are believed.")],
+    trust: Annotated[Path, typer.Option(help="root.json of the cloud whose releases are run.")],
     student: Annotated[
         Path | None, typer.Option(help="Bundle of the first student; later ones come by release.")
     ] = None,

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-
 from cloud import jobs as job_rules
 from cloud.adapt import Spec
+from cloud.curator_metrics import CuratorMetrics
 from cloud.gate.gate import GateConfig
 from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.policy import PolicyConfig, Situation, decide
 from cloud.releases.store import WEIGHTS
+from cloud.rollout.state import Phase
 from edge.student.bundle import sha256_file
 from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, release_pb2
@@ -26,6 +26,8 @@ from protos.v1 import device_pb2, release_pb2
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
+
+    from prometheus_client import CollectorRegistry
 
     from cloud.evidence.store import EvidenceStore
     from cloud.jobs import Job, Jobs
@@ -55,55 +57,6 @@ class CuratorConfig:
     threads: int = 2
     probe_equal_share: float = 0.6
     probe_seconds: float = 30.0
-
-
-class _Metrics:
-    """What the curator shows."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.adaptations = Counter(
-            "anabranch_adaptations",
-            "Adaptation jobs that ended, by result",
-            ["channel", "result"],
-            registry=registry,
-        )
-        self.fraction = Gauge(
-            "anabranch_adaptation_phase_fraction",
-            "How far the running adaptation is, 0 to 1; 0 when none runs",
-            ["channel"],
-            registry=registry,
-        )
-        self.seconds = Gauge(
-            "anabranch_sdft_seconds",
-            "Seconds that the last adaptation's training took",
-            ["channel"],
-            registry=registry,
-        )
-        self.memory = Gauge(
-            "anabranch_adaptation_peak_bytes",
-            "The most memory that the last adaptation took",
-            ["channel"],
-            registry=registry,
-        )
-        self.teacher = Gauge(
-            "anabranch_teacher_lead_nats",
-            "The teacher's lead over the student on held-out demonstrations, nats a token",
-            ["channel"],
-            registry=registry,
-        )
-        labels = ["channel", "check"]
-        self.value = Gauge(
-            "anabranch_gate_value", "What the gate last measured", labels, registry=registry
-        )
-        self.bound = Gauge(
-            "anabranch_gate_bound", "The bound it was held against", labels, registry=registry
-        )
-        self.unlearned = Gauge(
-            "anabranch_demonstrations_unlearned",
-            "Demonstrations worth learning that no release has learnt",
-            ["channel"],
-            registry=registry,
-        )
 
 
 class Curator:
@@ -142,7 +95,7 @@ class Curator:
         self._driver = driver
         self._jobs = jobs
         self._config = config
-        self._metrics = _Metrics(registry)
+        self._metrics = CuratorMetrics(registry)
         self._reason = ""
         self._started: dict[str, int] = {}
         self._ended = {job.name for job in jobs.all() if job.result is not None}
@@ -179,6 +132,7 @@ class Curator:
     def tick(self) -> None:
         """Look once: go on with a job, publish a result, or decide to begin."""
         self._bring()
+        self._roll_out(self._releases.latest(self._channel))
         jobs = self._jobs.all()
         if self._jobs.running():
             progress = jobs[-1].progress or {}
@@ -227,15 +181,18 @@ class Curator:
         wanted = self._driver.wanted(self._channel)
         if wanted is None:
             return
-        rollout = self._driver.state(self._channel)
+        rollout, latest = self._driver.state(self._channel), self._releases.latest(self._channel)
+        if latest and latest.version > rollout.version and latest.student == wanted.content.student:
+            return  # it is there, and waits to be signed
         if rollout.phase == "aborted":
             self._releases.withdraw(self._channel, rollout.version)
-        release = self._releases.republish(self._channel, wanted.content.version)
-        log.warning("release %d: content of %d", release.version, wanted.content.version)
-        self._roll_out(release)
+        self._releases.republish(self._channel, wanted.content.version)
+        log.warning("bringing the content of release %d", wanted.content.version)
 
-    def _roll_out(self, release: Release) -> None:
-        """Begin a rollout, unless it has begun."""
+    def _roll_out(self, release: Release | None) -> None:
+        """Begin a rollout, unless it has begun or devices would not believe the release yet."""
+        if release is None or not release.signed:
+            return
         if release.version > self._driver.state(self._channel).version:
             devices = [d.device for d in self._evidence.devices(self._channel)]
             self._driver.begin(
@@ -287,6 +244,9 @@ class Curator:
         drifted = {r.device for r in reports if devices.get(r.device) == r.student}
         unfinished = {"running", "paused"}
         busy = f"rollout of release {rollout.version}" if rollout.phase in unfinished else ""
+        latest = self._releases.latest(self._channel)
+        if latest is not None and not latest.signed:
+            busy = f"release {latest.version} waits to be signed"
         last = jobs[-1] if jobs else None
         failed = 0
         if last is not None and last.version not in alive:
@@ -393,7 +353,15 @@ class Curator:
                 [*earlier, *(d.id for d in rows if job_rules.shown(d) in known)]
             ),
             gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
+            fallback=self._fallback(),
         )
+
+    def _fallback(self) -> int:
+        """What a rollback of the next release would bring back; 0: nothing."""
+        rollout = self._driver.state(self._channel)
+        if rollout.complete and rollout.phase not in (Phase.HALTED, Phase.ABORTED):
+            return rollout.version
+        return rollout.stable.version if rollout.stable else 0
 
     def _show(self, result: dict[str, Any]) -> None:
         self._metrics.seconds.labels(self._channel).set(result["sdft_seconds"])

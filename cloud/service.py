@@ -5,7 +5,8 @@ State folder::
     STATE/lock             held by the cloud that runs here
     STATE/cloud.json       pid and addresses, while it runs
     STATE/cloud.sqlite     evidence, releases, rollouts
-    STATE/keys/            the signing key, and trusted.pem for devices
+    STATE/keys/            private keys that sign releases here
+    STATE/tuf/             signed metadata; root.json for devices; what is to be signed elsewhere
     STATE/blobs/ bundles/  released files by content
     STATE/jobs/            adaptations
 """
@@ -33,7 +34,8 @@ from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService, serve
 from cloud.guarding import Guarding
 from cloud.jobs import Jobs
-from cloud.releases.keys import open_keys
+from cloud.releases.metadata import Lifetimes
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
@@ -70,6 +72,7 @@ class CloudConfig:
         metrics: where Prometheus finds ``/metrics``; port 0 takes a free one.
         curator: when and how to adapt.
         plan: how careful rollouts are.
+        lifetimes: how long signed metadata lasts.
     """
 
     state: Path
@@ -80,6 +83,7 @@ class CloudConfig:
     metrics: str = "127.0.0.1:9108"
     curator: CuratorConfig = field(default_factory=CuratorConfig)
     plan: Plan = field(default_factory=Plan)
+    lifetimes: Lifetimes = field(default_factory=Lifetimes)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is touched."""
@@ -109,10 +113,16 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         engine = db.open_database(config.state / "cloud.sqlite")
         stack.callback(engine.dispose)
         evidence = EvidenceStore(engine, clock=time.time)
+        repository = Repository(
+            state=config.state,
+            clock=time.time,
+            registry=registry,
+            lifetimes=config.lifetimes,
+        )
         releases = ReleaseStore(
             folder=config.state,
             engine=engine,
-            signer=open_keys(config.state / "keys"),
+            repository=repository,
             clock=time.time,
             registry=registry,
         )
@@ -158,7 +168,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         write_atomic(config.state / "cloud.json", json.dumps(note, indent=1).encode() + b"\n")
         stack.callback((config.state / "cloud.json").unlink, missing_ok=True)
         log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
-        await _tick_until_stopped(driver.tick, guarding.tick, curator.tick)
+        await _tick_until_stopped(releases.sync, driver.tick, guarding.tick, curator.tick)
         log.info("stopping")
 
 
@@ -173,14 +183,15 @@ async def _tick_until_stopped(*ticks: Callable[[], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     while not stopped.is_set():
-        pause = _TROUBLE_S
-        try:
-            for tick in ticks:
-                await asyncio.to_thread(tick)
-            pause = _TICK_S
-        except AnabranchError as error:  # a full disk must not end the service: it retries
-            log.error("%s", error)  # noqa: TRY400  # the message is for people
-        except Exception:  # evidence and releases must go on when adapting does not
-            log.exception("adapting stumbled; it is tried again in %.0f s", _TROUBLE_S)
+        pause = _TICK_S
+        for work in ticks:
+            try:
+                await asyncio.to_thread(work)
+            except AnabranchError as error:  # a full disk must not end the service: it retries
+                log.error("%s", error)  # noqa: TRY400  # the message is for people
+                pause = _TROUBLE_S
+            except Exception:  # evidence and releases must go on when adapting does not
+                log.exception("the cloud stumbled; it tries again in %.0f s", _TROUBLE_S)
+                pause = _TROUBLE_S
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopped.wait(), pause)

@@ -7,6 +7,7 @@ State folder::
     STATE/slots/          students, and which one serves
     STATE/update/         the update client's journal
     STATE/downloads/      what is being fetched
+    STATE/trust/          signed metadata that was believed last
     STATE/outbox.sqlite   evidence that the cloud has not stored yet
     STATE/memory.sqlite   working memory
 """
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _SHORT = 12
+_FRESH_FIRST_S = 60.0
+_FRESH_EVERY_S = 6 * 3600.0  # a quarter of what a timestamp lasts
 _FINISH_S = 5  # for requests in flight when the agent is told to stop
 _KEEP_ALIVE_S = 300  # a connection closed just when it is used again would cost a request
 
@@ -85,7 +88,7 @@ class AgentConfig:
         device: this device's name.
         channel: the channel whose releases it runs.
         student: bundle of its first student; None where its state has one already.
-        trust: PEM file with the keys whose releases are believed.
+        trust: the trusted root of the cloud's TUF repository (``root.json``).
         broker: the MQTT broker.
         cloud: the gRPC fleet service.
         listen: where the HTTP API listens; port 0 takes a free one.
@@ -139,13 +142,13 @@ def run(config: AgentConfig, *, open_student: Callable[[Path], Served] | None = 
     log_to_stderr()
     opener = open_student or partial(_open, threads=config.threads)
     with locked(config.state):
-        keys = trust.load_trusted(config.trust)
+        root = trust.load_root(config.trust)
         slots = Slots(config.state / "slots")
         student, serving = slots.start(bundle=config.student, open_student=opener)
         asyncio.run(
             _serve(
                 config,
-                trust.PinnedKeys(keys=keys, channel=config.channel),
+                root,
                 slots,
                 opener,
                 student,
@@ -177,7 +180,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(
     config: AgentConfig,
-    trusted: trust.TrustedReleases,
+    root: bytes,
     slots: Slots,
     open_student: Callable[[Path], Served],
     student: Served,
@@ -241,6 +244,11 @@ async def _serve(
                 wiped,
             )
 
+        transport = GrpcTransport(
+            address=str(parse_address(config.cloud)),
+            channel=config.channel,
+            device=config.device,
+        )
         updates = UpdateClient(
             state=config.state,
             slots=slots,
@@ -252,12 +260,14 @@ async def _serve(
                 has_room=partial(has_room, limit=config.memory_limit),
                 unload=lambda: asyncio.run_coroutine_threadsafe(host.unload(), loop).result(),
             ),
-            transport=GrpcTransport(
-                address=str(parse_address(config.cloud)),
+            transport=transport,
+            trusted=trust.TufReleases(
+                root=root,
+                folder=config.state / "trust",
                 channel=config.channel,
-                device=config.device,
+                transport=transport,
+                clock=time.time,
             ),
-            trusted=trusted,
             clock=time.time,
             random=randomness,
             registry=registry,
@@ -292,6 +302,8 @@ async def _serve(
             loop.add_signal_handler(number, server.stop)
         uplink.start()
         updates.start()
+        freshness = asyncio.create_task(_stay_fresh(updates, randomness))
+        stack.callback(freshness.cancel)
         address = Address(*listener.getsockname()[:2])
         stack.enter_context(
             _announced(config, address=address, metrics=metrics_address, student=serving.student)
@@ -308,6 +320,14 @@ async def _serve(
         await server.serve(sockets=[listener])
         _LOG.info("stopping")
     _LOG.info("stopped")
+
+
+async def _stay_fresh(updates: UpdateClient[Served], randomness: random.Random) -> None:
+    """Ask the cloud for fresh metadata soon after the start, and then a few times a day."""
+    await asyncio.sleep(randomness.uniform(0, _FRESH_FIRST_S))
+    while True:
+        await asyncio.to_thread(updates.freshness)
+        await asyncio.sleep(randomness.uniform(0.5, 1) * _FRESH_EVERY_S)
 
 
 @contextmanager

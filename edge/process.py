@@ -55,6 +55,7 @@ def log_to_stderr() -> None:
         handler.setFormatter(formatter)
         root.addHandler(handler)
         root.setLevel(logging.INFO)
+        logging.getLogger("tuf").setLevel(logging.WARNING)  # it tells of each missing signature
 
 
 def listen_address(text: str) -> Address:

@@ -24,7 +24,7 @@ class IntegrityError(AnabranchError):
 
 
 class SignatureError(IntegrityError):
-    """A manifest is not signed by a trusted key."""
+    """What is signed, or should be, is not for this device or not what it claims to be."""
 
 
 class WrongBaseError(IntegrityError):
@@ -41,6 +41,10 @@ class StorageError(AnabranchError):
 
 class UnavailableError(AnabranchError):
     """The other side cannot be reached now: retry later."""
+
+
+class ExpiredError(UnavailableError):
+    """Signed metadata is past its expiry by the clock here: set the clock right, or retry later."""
 
 
 class TrainingError(AnabranchError):

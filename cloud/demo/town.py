@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import httpx
 
 from cloud.demo.people import Asked, Household
@@ -15,8 +15,9 @@ from cloud.demo.processes import DemoError, Processes, free_address
 from cloud.jobs import Jobs
 from cloud.releases.store import WEIGHTS
 from edge.student.bundle import digest
-from protos import grpc_options
-from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2
+from edge.update.grpc_transport import GrpcTransport
+from edge.update.manifest import parse
+from edge.update.trust import TufReleases, load_root
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cloud.demo.homes import Home
     from cloud.demo.record import Record
     from cloud.jobs import Job
+    from protos.v1 import release_pb2
 
 CHANNEL = "home"
 _WATCH_S = 0.5
@@ -63,7 +65,7 @@ class Town:
         self._asked: dict[str, int] = {}
         self._alarms: dict[str, int] = {}
         self._releases: dict[str, int] = {}
-        self._channel: grpc.aio.Channel | None = None
+        self._fleet = ""
 
     async def start(self) -> None:
         """Start broker, cloud and devices, and wait until every device runs release 1.
@@ -88,7 +90,7 @@ class Town:
                 *(household.device, "edge", "--state", str(household.state)),
                 *("--device", household.device, "--channel", CHANNEL),
                 *("--student", str(settings.student / "bundle")),
-                *("--trust", str(cloud / "keys" / "trusted.pem")),
+                *("--trust", str(cloud / "tuf" / "root.json")),
                 *("--broker", broker, "--cloud", fleet),
                 *("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
                 *("--threads", str(settings.threads)),
@@ -96,15 +98,13 @@ class Town:
         for household in self.households:
             file = household.state / "agent.json"
             household.connect((await self.processes.note(household.device, file))["api"])
-        self._channel = grpc.aio.insecure_channel(fleet, options=grpc_options.CLIENT)
+        self._fleet = fleet
         await self.settle(1)
 
     async def stop_clients(self) -> None:
         """Close what the demo itself holds open."""
         for household in self.households:
             await household.close()
-        if self._channel is not None:
-            await self._channel.close()
 
     def begin(self, phase: str) -> None:
         """From now on what happens belongs to this phase."""
@@ -188,13 +188,22 @@ class Town:
         return job.version
 
     async def manifest(self, version: int) -> release_pb2.Manifest:
-        """A release's manifest, over gRPC as devices get it."""
-        assert self._channel is not None  # noqa: S101  # opened at the start
-        stub = fleet_pb2_grpc.FleetStub(self._channel)
-        request = fleet_pb2.ManifestRequest(channel=CHANNEL, release=version)
-        reply = await stub.GetManifest(request)
-        signed = release_pb2.SignedManifest.FromString(reply.signed_manifest)
-        return release_pb2.Manifest.FromString(signed.manifest)
+        """A release's manifest, as devices get it and believe it."""
+        return await asyncio.to_thread(self._believe, version)
+
+    def _believe(self, version: int) -> release_pb2.Manifest:
+        transport = GrpcTransport(address=self._fleet, channel=CHANNEL, device="demo")
+        try:
+            releases = TufReleases(
+                root=load_root(self._folder / "cloud" / "tuf" / "root.json"),
+                folder=self._folder / "trust",
+                channel=CHANNEL,
+                transport=transport,
+                clock=time.time,
+            )
+            return parse(releases.manifest(version), channel=CHANNEL, release=version)
+        finally:
+            transport.close()
 
     def serving(self, household: Household) -> Path:
         """The bundle that a device serves now: its slot."""

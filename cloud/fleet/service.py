@@ -72,7 +72,9 @@ _OUTCOMES = {
 }
 _TURNS = 32
 SERVICE = fleet_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name
+MANIFEST, METADATA = "manifest", "metadata"
 _MAX_DETAIL = 500
+_MAX_NAME = 80
 _MAX_VERSION = 2**63 - 1  # SQLite's numbers have a sign, the protocol's have none
 
 
@@ -93,7 +95,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self._rollouts = ThreadPoolExecutor(1, "rollouts")
         self._served = Counter(
             "anabranch_served_bytes_total",
-            "Bytes of release files and deltas sent to devices.",
+            "Bytes of releases and of signed metadata sent to devices.",
             ["channel", "kind"],
             registry=registry,
         )
@@ -139,37 +141,26 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                             yield fleet_pb2.Target(release=target)
                             sent = target
 
-    async def GetManifest(  # noqa: N802 - the name is the protocol's
-        self,
-        request: fleet_pb2.ManifestRequest,
-        context: aio.ServicerContext[fleet_pb2.ManifestRequest, fleet_pb2.ManifestReply],
-    ) -> fleet_pb2.ManifestReply:
-        """The signed manifest of one release, checked before it leaves."""
-        async with _Errors(context):
-            channel = check_name(request.channel, "channel")
-            version = min(request.release, _MAX_VERSION)
-            release = await asyncio.to_thread(self._store.find, channel, version)
-            if release is None:
-                msg = f"channel {channel!r} has no release {version}: use the one that Watch sends"
-                await context.abort(grpc.StatusCode.NOT_FOUND, msg)
-            if release.withdrawn:
-                msg = f"release {version} was withdrawn: wait for Watch to send a newer one"
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, msg)
-            return fleet_pb2.ManifestReply(signed_manifest=release.signed)
-
     async def Read(  # noqa: N802 - the name is the protocol's
         self,
         request: fleet_pb2.ReadRequest,
         context: aio.ServicerContext[fleet_pb2.ReadRequest, fleet_pb2.Chunk],
     ) -> AsyncIterator[fleet_pb2.Chunk]:
-        """Send a range of a file or delta that some release of the channel names."""
+        """Send a range of a manifest, file or delta of the channel's releases, or of metadata."""
         async with _Errors(context):
             channel = check_name(request.channel, "channel")
+            if request.metadata:
+                async for chunk in self._read_metadata(request, context):
+                    yield chunk
+                return
             sha256, offset = check_sha256(request.sha256), request.offset
             kind = await asyncio.to_thread(self._store.blob_kind, channel, sha256)
             if kind is None:
                 msg = f"no release of channel {channel!r} has a file {sha256}: get the manifest"
                 await context.abort(grpc.StatusCode.NOT_FOUND, msg)
+            if kind == MANIFEST and await asyncio.to_thread(self._store.withdrawn, channel, sha256):
+                msg = "this release was withdrawn: wait for Watch to send a newer one"
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, msg)
             end = offset + min(request.length or MAX_READ_BYTES, MAX_READ_BYTES)
             while True:
                 data, size = await self._piece(sha256, offset, min(MAX_CHUNK_BYTES, end - offset))
@@ -181,6 +172,29 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 offset += len(data)
                 if offset >= min(end, size):
                     return
+
+    async def _read_metadata(
+        self,
+        request: fleet_pb2.ReadRequest,
+        context: aio.ServicerContext[fleet_pb2.ReadRequest, fleet_pb2.Chunk],
+    ) -> AsyncIterator[fleet_pb2.Chunk]:
+        """Metadata is read whole: it changes under its name, and a range of it proves nothing."""
+        data = await asyncio.to_thread(self._store.metadata, request.metadata)
+        if data is None:
+            msg = f"there is no signed metadata {request.metadata[:_MAX_NAME]!r}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, msg)
+        offset = request.offset
+        if offset > len(data):
+            msg = f"offset {offset} is past the end of {request.metadata}: {len(data)} bytes"
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, msg)
+        end = min(len(data), offset + (request.length or MAX_READ_BYTES))
+        while True:
+            piece = data[offset : min(end, offset + MAX_CHUNK_BYTES)]
+            self._served.labels(request.channel, METADATA).inc(len(piece))
+            yield fleet_pb2.Chunk(offset=offset, data=piece, size=len(data))
+            offset += len(piece)
+            if offset >= end:
+                return
 
     async def Report(  # noqa: N802 - the name is the protocol's
         self,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edge.delta.files import TEMPORARY, fsync_folder, storage_errors
+from edge.delta.files import TEMPORARY, fsync_folder, storage_errors, write_atomic
 from edge.student.bundle import sha256_file
 from protos.errors import IntegrityError, InvalidInputError
 
@@ -84,6 +84,29 @@ class Blobs:
         with self._lock:
             self._hashed[sha256] = (state.st_size, state.st_mtime_ns)
         return Blob(sha256, state.st_size)
+
+    def put_bytes(self, data: bytes) -> Blob:
+        """Take in bytes.
+
+        Raises:
+            StorageError: the disk is full or failed; nothing was added.
+        """
+        blob = Blob(hashlib.sha256(data).hexdigest(), len(data))
+        # Also where the blob exists: a damaged one is healed.
+        write_atomic(self._folder / blob.sha256, data)
+        return blob
+
+    def read_all(self, sha256: str) -> bytes:
+        """All bytes of a blob: for small ones.
+
+        Raises:
+            InvalidInputError: ``sha256`` is malformed.
+            IntegrityError: it is missing, or the content is not what it was.
+            StorageError: the disk failed.
+        """
+        self.check(sha256)
+        with storage_errors(f"reading {sha256}"):
+            return self.path(sha256).read_bytes()
 
     def copy_out(self, sha256: str, target: Path) -> None:
         """Give a blob's content another name, as a hard link where the file system can.
@@ -179,10 +202,10 @@ class Blobs:
 def check_sha256(text: str) -> str:
     """Return ``text`` if it is 64 lower-case hex digits; raise otherwise.
 
-    >>> check_sha256("../keys/signing.pem")
+    >>> check_sha256("../keys/root.pem")
     Traceback (most recent call last):
     ...
-    protos.errors.InvalidInputError: '../keys/signing.pem' is not a SHA-256: send 64 lower-case \
+    protos.errors.InvalidInputError: '../keys/root.pem' is not a SHA-256: send 64 lower-case \
 hex digits
     """
     if not _SHA256.fullmatch(text):

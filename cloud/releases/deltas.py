@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,16 @@ from protos.errors import IntegrityError
 from protos.v1 import release_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from sqlalchemy import Engine
 
     from cloud.releases.blobs import Blobs
+    from edge.student.bundle import BundleFile
 
 _BLOCK = 1 << 20
+_WEIGHTS, _LAYOUT = "weights.bin", "student.json"
 _UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -75,6 +78,34 @@ class DeltaStore:
         return release_pb2.Delta(
             base_sha256=base_sha256, target_sha256=target_sha256, sha256=sha256, size=size
         )
+
+    def between_bundles(
+        self,
+        old: Iterable[release_pb2.File],
+        new: Iterable[BundleFile],
+        updates: Sequence[delta.Update] = (),
+    ) -> list[release_pb2.Delta]:
+        """The delta between the weights of two bundles, where there is one; see :meth:`between`."""
+        before = {f.name: f.sha256 for f in old}
+        after = {f.name: f.sha256 for f in new}
+        if before[_WEIGHTS] == after[_WEIGHTS]:
+            return []
+        found = self.between(
+            before[_WEIGHTS],
+            after[_WEIGHTS],
+            base_layout=self._layout(before[_LAYOUT]),
+            target_layout=self._layout(after[_LAYOUT]),
+            updates=updates,
+        )
+        return [] if found is None else [found]
+
+    def _layout(self, sha256: str) -> Mapping[str, Any]:
+        """What a ``student.json`` says; nothing if it is none that this program understands."""
+        try:
+            layout = json.loads(self._blobs.path(sha256).read_bytes())
+        except (OSError, ValueError):
+            return _UNKNOWN
+        return layout if isinstance(layout, dict) else _UNKNOWN
 
     def _cached(self, base_sha256: str, target_sha256: str) -> tuple[str, int] | None:
         with read(self._engine) as session:

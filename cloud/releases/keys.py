@@ -1,103 +1,119 @@
-"""Who signs releases: one ed25519 key in the cloud's state folder.
+"""Private keys of the TUF roles: one ed25519 key a PEM file, readable by its owner only.
 
-``signing.pem`` is the private key, readable by its owner only; ``trusted.pem`` is the public key
-that devices get as ``--trust``. :class:`Signer` is what the store depends on: a seam for the TUF
-repository, whose keys live elsewhere.
+A key is known by its id, not by its file's name. What lies in the cloud's ``keys/`` can sign there;
+a key that is moved elsewhere cannot any more, and nothing else has to be told.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_pem_public_key,
 )
+from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from edge.delta.files import TEMPORARY, fsync_folder, storage_errors, write_atomic
-from edge.update import trust
 from protos.errors import IntegrityError, InvalidInputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from protos.v1 import release_pb2
-
-PRIVATE = "signing.pem"
-PUBLIC = "trusted.pem"
+PRIVATE, PUBLIC = ".pem", ".pub"
 
 
-class Signer(Protocol):
-    """Signs manifests, and knows its own signatures again."""
-
-    def sign(self, manifest: bytes) -> bytes:
-        """A serialized ``SignedManifest`` of these exact bytes.
-
-        Raises:
-            InvalidInputError: it is bigger than any device accepts.
-        """
-        ...
-
-    def verify(self, signed: bytes, *, channel: str) -> release_pb2.Manifest:
-        """The manifest inside, whether expired or not.
-
-        Raises:
-            SignatureError: it is damaged, or was not signed here for this channel.
-        """
-        ...
-
-
-class KeySigner:
-    """Signs with one ed25519 key."""
-
-    def __init__(self, *, key: Ed25519PrivateKey) -> None:
-        self._key = key
-        self._trusted = {trust.key_id(key.public_key()): key.public_key()}
-
-    def sign(self, manifest: bytes) -> bytes:
-        """See :class:`Signer`."""
-        return trust.sign_manifest(manifest, self._key)
-
-    def verify(self, signed: bytes, *, channel: str) -> release_pb2.Manifest:
-        """See :class:`Signer`."""
-        # At the epoch nothing has expired yet; whether it has is for devices to judge.
-        return trust.verify(signed, keys=self._trusted, channel=channel, now_ms=0)
-
-
-def open_keys(folder: Path) -> KeySigner:
-    """Load the key in ``folder``, or make one if there has never been any.
+def make(path: Path) -> CryptoSigner:
+    """Make a key: the private half in ``path``, the public half beside it as ``.pub``.
 
     Raises:
-        InvalidInputError: others may read the private key, or it is gone or of another kind.
-        IntegrityError: a key file is damaged, or the two do not belong together.
-        StorageError: a file cannot be read or written.
+        InvalidInputError: the file exists, or its name does not end in ``.pem``.
+        StorageError: a file cannot be written.
     """
-    private, public = folder / PRIVATE, folder / PUBLIC
-    with storage_errors(f"opening the signing key in {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not private.exists():
-            if public.exists():
-                # A new key would be made in silence, and no device would believe it.
-                msg = (
-                    f"{private} is gone, but {public} is there: restore the private key from a "
-                    "backup; else start with a new state folder, whose trusted.pem every device "
-                    "then needs as its --trust file"
-                )
-                raise InvalidInputError(msg)
-            _write_private(private, Ed25519PrivateKey.generate())
-        key = _load_private(private)
-        pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        if not public.exists():
-            write_atomic(public, pem)
-    _check_public(public, key)
-    return KeySigner(key=key)
+    if path.suffix != PRIVATE:
+        msg = f"{path} does not end in {PRIVATE}: name the private key's file NAME{PRIVATE}"
+        raise InvalidInputError(msg)
+    if path.exists():
+        msg = f"{path} exists: a key is never overwritten; choose another name"
+        raise InvalidInputError(msg)
+    key = Ed25519PrivateKey.generate()
+    with storage_errors(f"writing a key to {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_private(path, key)
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    write_atomic(path.with_suffix(PUBLIC), pem)
+    return CryptoSigner(key)
+
+
+def load(path: Path) -> CryptoSigner:
+    """The signer whose private key is in a file.
+
+    Raises:
+        InvalidInputError: it is not there, others may read it, or it is of another kind.
+        IntegrityError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        msg = f"{path} is not there: give the file of a private key, or bring it back"
+        raise InvalidInputError(msg)
+    with storage_errors(f"reading the key in {path}"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        data = path.read_bytes()
+    if mode & 0o077:
+        msg = f"{path} has mode {mode:04o}, others may read it: chmod 600 it"
+        raise InvalidInputError(msg)
+    try:
+        key = load_pem_private_key(data, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        msg = f"{path} holds no private key that can be read ({error}): restore it from a backup"
+        raise IntegrityError(msg) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        msg = f"{path} holds a key that is not ed25519: restore the right one from a backup"
+        raise InvalidInputError(msg)
+    return CryptoSigner(key)
+
+
+def load_public(path: Path) -> SSlibKey:
+    """The public key in a file, as :func:`make` writes it.
+
+    Raises:
+        InvalidInputError: it is not there, or no ed25519 public key.
+        StorageError: it cannot be read.
+    """
+    if not path.exists():
+        msg = f"{path} is not there: give the {PUBLIC} file that `anabranch keys new` made"
+        raise InvalidInputError(msg)
+    with storage_errors(f"reading the key in {path}"):
+        data = path.read_bytes()
+    try:
+        key = load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        msg = f"{path} holds no public key that can be read ({error})"
+        raise InvalidInputError(msg) from error
+    if not isinstance(key, Ed25519PublicKey):
+        msg = f"{path} holds a key that is not ed25519"
+        raise InvalidInputError(msg)
+    return SSlibKey.from_crypto(key)
+
+
+def signers(folder: Path) -> dict[str, CryptoSigner]:
+    """Every key in a folder, by its id.
+
+    Raises:
+        InvalidInputError: others may read one, or it is of another kind.
+        IntegrityError: one is damaged.
+        StorageError: one cannot be read.
+    """
+    found = (load(path) for path in sorted(folder.glob(f"*{PRIVATE}")))
+    return {signer.public_key.keyid: signer for signer in found}
 
 
 def _write_private(path: Path, key: Ed25519PrivateKey) -> None:
@@ -112,33 +128,3 @@ def _write_private(path: Path, key: Ed25519PrivateKey) -> None:
         os.fsync(descriptor)
     temporary.replace(path)
     fsync_folder(path.parent)
-
-
-def _load_private(path: Path) -> Ed25519PrivateKey:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        msg = f"{path} has mode {mode:04o}, others may read it: chmod 600 it"
-        raise InvalidInputError(msg)
-    try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        msg = f"{path} holds no private key that can be read ({error}): restore it from a backup"
-        raise IntegrityError(msg) from error
-    if not isinstance(key, Ed25519PrivateKey):
-        msg = f"{path} holds a key that is not ed25519: restore the right one from a backup"
-        raise InvalidInputError(msg)
-    return key
-
-
-def _check_public(path: Path, key: Ed25519PrivateKey) -> None:
-    try:
-        trusted = trust.load_trusted(path)
-    except InvalidInputError as error:
-        msg = f"{path} is damaged ({error}): delete it, and it is made again from {PRIVATE}"
-        raise IntegrityError(msg) from error
-    if trust.key_id(key.public_key()) not in trusted:
-        msg = (
-            f"{path} is not the public key of {PRIVATE} beside it: restore the pair from a backup. "
-            "Devices that trust the one refuse what the other signs"
-        )
-        raise IntegrityError(msg)

@@ -8,14 +8,22 @@ from cloud.db import Base
 
 
 class ReleaseRow(Base):
-    """One release of a channel. ``signed`` is the serialized SignedManifest."""
+    """One release of a channel.
 
-    __tablename__ = "releases"
+    ``manifest`` names the blob with the serialized Manifest. ``way_back`` names one that makes the
+    content of an earlier release the next version: what a rollback needs, signed before it is
+    needed. It is empty where there is nothing to go back to.
+    """
+
+    __tablename__ = "manifests"
 
     channel: Mapped[str] = mapped_column(primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True)
     student: Mapped[str]
-    signed: Mapped[bytes]
+    manifest: Mapped[str]
+    manifest_bytes: Mapped[int]
+    way_back: Mapped[str]
+    way_back_bytes: Mapped[int]
     created_ms: Mapped[int]
     withdrawn: Mapped[bool]
     full_bytes: Mapped[int]
@@ -23,7 +31,7 @@ class ReleaseRow(Base):
 
 
 class ReleaseBlobRow(Base):
-    """A blob that devices of a channel may read; ``kind`` is ``file`` or ``delta``."""
+    """A blob that devices of a channel may read; ``kind``: ``manifest``, ``file`` or ``delta``."""
 
     __tablename__ = "release_blobs"
 

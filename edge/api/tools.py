@@ -107,7 +107,7 @@ def check_schema(schema: dict[str, Any], where: str, param: str) -> None:
     """
     try:
         text = json.dumps(schema, sort_keys=True)
-        reason = (_fault if len(text) <= _REMEMBERED else _fault.__wrapped__)(text)
+        reason = _remembered_fault(text) if len(text) <= _REMEMBERED else _fault(text)
     except RecursionError:
         reason = "too deep"
     if reason is not None:
@@ -115,14 +115,17 @@ def check_schema(schema: dict[str, Any], where: str, param: str) -> None:
         raise RequestError(msg, param=param)
 
 
-@functools.lru_cache(maxsize=64)
 def _fault(schema: str) -> str | None:
-    """What is wrong with a JSON schema; remembered, since clients send the same ones again."""
+    """What is wrong with a JSON schema."""
     try:
         Draft202012Validator.check_schema(json.loads(schema))
     except SchemaError as error:
         return error.message
     return None
+
+
+# Clients send the same schemas again, and checking one takes milliseconds.
+_remembered_fault = functools.lru_cache(maxsize=64)(_fault)
 
 
 def _encodable(text: str) -> bool:

@@ -23,6 +23,7 @@ from edge.update.metrics import UpdateMetrics
 from edge.update.work import Device, StudentT, Work
 from protos.errors import (
     AnabranchError,
+    ExpiredError,
     IntegrityError,
     InvalidInputError,
     SignatureError,
@@ -102,6 +103,7 @@ class UpdateClient(Generic[StudentT]):
         self._metrics = UpdateMetrics(registry)
         self._metrics.entered(self._record.state)
         self._transport = transport
+        self._trusted = trusted
         self._clock = clock
         self._random = random
         self._progress = progress
@@ -111,6 +113,7 @@ class UpdateClient(Generic[StudentT]):
         self._wanted: int | None = None
         self._stopping = False
         self._resume = True
+        self._waits_for = ""
         self._heard = 0
         self._moved = 0
         self._threads: list[threading.Thread] = []
@@ -122,7 +125,6 @@ class UpdateClient(Generic[StudentT]):
             serving=serving,
             transport=transport,
             trusted=trusted,
-            clock=clock,
             interrupted=lambda: self._stopping or self._news() is not None,
             took=self._took,
             unloaded=self._unloaded,
@@ -142,7 +144,21 @@ class UpdateClient(Generic[StudentT]):
         record = self._record
         fetched, to_fetch = self._work.sizes()
         name = record.state.name.lower()
-        return Status(name, self._work.serving, record.release, record.detail, fetched, to_fetch)
+        waits_for = "" if record.state in RESTING else self._waits_for
+        detail = record.detail or waits_for
+        return Status(name, self._work.serving, record.release, detail, fetched, to_fetch)
+
+    def freshness(self) -> None:
+        """See that the cloud still renews its metadata, though it may not speak of a release.
+
+        Somebody who holds the watch stream back is noticed so: the gauge stands still.
+        """
+        try:
+            self._metrics.fresh_until.set(self._trusted.refresh())
+        except ExpiredError:  # it was logged
+            self._metrics.expired.inc()
+        except AnabranchError as error:
+            _log.info("asking for fresh metadata again later: %s", error)
 
     def start(self) -> None:
         """Begin to watch and to update, on two threads."""
@@ -230,12 +246,16 @@ class UpdateClient(Generic[StudentT]):
             moved = self._moved
             try:
                 event, self._record = self._do[action](self._record)
+                self._waits_for = ""
                 if event is None:
                     continue
                 # A release that was withdrawn during its probe must not get into service.
                 return (self._news() if action in _CUTTABLE else None) or event
             except UnavailableError as error:
                 waits = 0 if self._moved > moved else waits
+                self._waits_for = str(error)
+                if isinstance(error, ExpiredError):
+                    self._metrics.expired.inc()
                 _log.info("waiting for the cloud: %s", error)
             except StorageError as error:
                 disk += 1

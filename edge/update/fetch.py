@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from typing import TYPE_CHECKING
 
 from edge.delta.files import fsync_folder, storage_errors
 from edge.student.bundle import sha256_file
+from edge.update.pace import paced
 from protos.errors import IntegrityError, UnavailableError
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ PART = ".part"
 class Downloads:
     """The folder of downloads: ``<sha256>.part`` while they come in, ``<sha256>`` when right."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
+        self._monotonic = monotonic
 
     def path(self, download: Download) -> Path:
         """Where a verified download is."""
@@ -59,7 +62,8 @@ class Downloads:
         Raises:
             IntegrityError: the pieces are not of a file of this size; the part was discarded.
             InvalidInputError: the cloud does not have it.
-            UnavailableError: the cloud stopped answering; what is here so far is kept.
+            UnavailableError: the cloud stopped answering, or is too slow; what is here so far is
+                kept.
             StorageError: the disk is full or failed.
         """
         if self.path(download).exists():
@@ -72,7 +76,8 @@ class Downloads:
             have = os.fstat(descriptor).st_size
             while have < download.size and not interrupted():
                 before = have
-                for piece in transport.read(download.sha256, have):
+                pieces = transport.read(download.sha256, have)
+                for piece in paced(pieces, monotonic=self._monotonic):
                     _check(piece, download, have)
                     with storage_errors(f"writing {part}"):
                         _write(descriptor, piece.data)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CALL_SECONDS = 20.0
+_METADATA_SECONDS = 120.0
 _READ_SECONDS = 600.0  # of one read call, which answers at most 16 MiB
 _REFUSED = {
     grpc.StatusCode.NOT_FOUND,
@@ -50,17 +51,18 @@ class GrpcTransport:
             for target in self._stub.Watch(request):
                 yield target.release
 
-    def get_manifest(self, release: int) -> bytes:
+    def read_metadata(self, name: str) -> Iterator[Piece]:
         """See :class:`~edge.update.transport.Transport`."""
-        request = fleet_pb2.ManifestRequest(channel=self._channel, release=release)
-        with self._errors():
-            return self._stub.GetManifest(request, timeout=_CALL_SECONDS).signed_manifest
+        yield from self._read(fleet_pb2.ReadRequest(metadata=name), _METADATA_SECONDS)
 
     def read(self, sha256: str, offset: int) -> Iterator[Piece]:
         """See :class:`~edge.update.transport.Transport`."""
-        request = fleet_pb2.ReadRequest(channel=self._channel, sha256=sha256, offset=offset)
+        yield from self._read(fleet_pb2.ReadRequest(sha256=sha256, offset=offset), _READ_SECONDS)
+
+    def _read(self, request: fleet_pb2.ReadRequest, seconds: float) -> Iterator[Piece]:
+        request.channel = self._channel
         with self._errors():
-            call = self._stub.Read(request, timeout=_READ_SECONDS)
+            call = self._stub.Read(request, timeout=seconds)
             try:
                 for chunk in call:
                     yield Piece(chunk.offset, chunk.data, chunk.size)

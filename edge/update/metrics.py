@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prometheus_client import Counter, Enum
+from prometheus_client import Counter, Enum, Gauge
 
 from edge.update.machine import State
 
@@ -18,6 +18,8 @@ class UpdateMetrics:
     Attributes:
         fetched: bytes that came in, those thrown away included, by kind of download.
         updates: how updates ended.
+        fresh_until: when what the device believes expires, in seconds since the epoch.
+        expired: times that signed metadata was out of date by the clock here.
         unloads: students closed before their successors were open, for want of memory.
     """
 
@@ -42,6 +44,17 @@ class UpdateMetrics:
             "Students closed before their successors were open, for want of memory",
             registry=registry,
         )
+        self.expired = Counter(
+            "anabranch_update_expired",
+            "Times that the cloud's signed metadata was out of date by this device's clock",
+            registry=registry,
+        )
+        self.fresh_until = Gauge(
+            "anabranch_trust_fresh_until_timestamp_seconds",
+            "Until when this device knows that no newer release is held back from it",
+            registry=registry,
+        )
+        self.fresh_until.set(float("nan"))  # until the cloud was heard
         for kind in ("delta", "file"):
             self.fetched.labels(kind)
         for result in ("committed", "failed"):

@@ -36,12 +36,12 @@ class Transport(Protocol):
         """
         ...
 
-    def get_manifest(self, release: int) -> bytes:
-        """A serialized ``SignedManifest``."""
+    def read_metadata(self, name: str) -> Iterator[Piece]:
+        """All bytes of signed metadata: ``timestamp.json``, ``3.root.json``, ``7.targets.json``."""
         ...
 
     def read(self, sha256: str, offset: int) -> Iterator[Piece]:
-        """Bytes of a file or delta from ``offset`` on; may end before the file does."""
+        """Bytes of a manifest, file or delta from ``offset`` on; may end before the file does."""
         ...
 
     def report(self, report: fleet_pb2.UpdateReport) -> None:

@@ -1,197 +1,276 @@
-"""Which manifests a device believes.
+"""Which releases a device believes: those in a TUF repository whose root came with the device.
 
-A manifest is signed with ed25519 over a context prefix and its exact bytes. It is parsed only after
-a signature by a pinned key was found right. :class:`TrustedReleases` is what the update client
-depends on: a seam for the TUF repository.
+The Update Framework (https://theupdateframework.github.io/specification/latest/) says how: the
+root that the device ships with leads to the newest root, this one to a timestamp and a snapshot
+signed online, and these to the list of targets signed offline. A manifest is believed when its
+length and SHA-256 are in that list, under ``CHANNEL/VERSION``. The rules are python-tuf's; this
+module gives them a network, a disk that survives a power loss, and a clock.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from typing import TYPE_CHECKING, NoReturn, Protocol
+import json
+import logging
+import threading
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from google.protobuf.message import DecodeError
+from tuf.api.exceptions import (
+    DownloadError,
+    DownloadLengthMismatchError,
+    ExpiredMetadataError,
+    LengthOrHashMismatchError,
+    RepositoryError,
+)
+from tuf.api.metadata import Metadata, Root
+from tuf.ngclient import Updater, UpdaterConfig
 
-from edge.delta.files import storage_errors
-from edge.student.bundle import BundleFile, digest_of
-from protos.errors import InvalidInputError, SignatureError
-from protos.v1 import release_pb2
+from edge.delta.files import set_aside, storage_errors, write_atomic
+from edge.update.manifest import MAX_MANIFEST_BYTES
+from edge.update.tuf_fetcher import METADATA, TARGETS, Fetcher
+from protos.errors import (
+    ExpiredError,
+    IntegrityError,
+    InvalidInputError,
+    UnavailableError,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from tuf.api.metadata import TargetFile
 
-CONTEXT = b"anabranch-manifest-v1\0"
-"""Goes before the signed bytes: a signature of something else is never one of a manifest."""
+    from edge.update.transport import Transport
 
-MAX_SIGNED_BYTES = 3 << 20
-"""Of a signed manifest: below gRPC's default message limit of 4 MiB."""
+_log = logging.getLogger(__name__)
 
-MAX_SIGNATURES = 16
-MAX_FILE_BYTES = 1 << 40
+MAX_TARGETS_BYTES = 8 << 20
+"""Of the list of all releases; a release takes some 150 bytes."""
 
-_HEX = re.compile(r"[0-9a-f]{64}")
-_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
+_CONFIG = UpdaterConfig(
+    root_max_length=256 << 10,
+    timestamp_max_length=16 << 10,
+    snapshot_max_length=64 << 10,
+    targets_max_length=MAX_TARGETS_BYTES,
+)
+_NOTE_TIME_S = 600.0  # how far the clock moves on before it is noted: flash wears out
+_SHA256 = "sha256"
 
 
 class TrustedReleases(Protocol):
     """Decides which manifests are to be believed."""
 
-    def manifest(self, signed: bytes, *, now_ms: int) -> release_pb2.Manifest:
-        """The manifest inside ``signed`` if it is trusted at ``now_ms`` (since the epoch).
+    @property
+    def channel(self) -> str:
+        """The channel whose releases are asked for."""
+        ...
+
+    def manifest(self, release: int, *, kept: bytes = b"") -> bytes:
+        """The bytes of a release's manifest, believed now.
+
+        Args:
+            release: its version.
+            kept: bytes that are here already; they come back when they are the right ones still.
 
         Raises:
-            SignatureError: there is any doubt.
+            IntegrityError: what the cloud sent cannot be trusted.
+            ExpiredError: what it sent is out of date by the clock here.
+            UnavailableError: the cloud does not answer, or is too slow.
+            StorageError: the disk is full or failed.
         """
         ...
 
-
-class PinnedKeys:
-    """Trust in keys that came with the device (``anabranch edge --trust FILE``)."""
-
-    def __init__(self, *, keys: Mapping[str, Ed25519PublicKey], channel: str) -> None:
-        self._keys = dict(keys)
-        self._channel = channel
-
-    def manifest(self, signed: bytes, *, now_ms: int) -> release_pb2.Manifest:
-        """See :class:`TrustedReleases`."""
-        return verify(signed, keys=self._keys, channel=self._channel, now_ms=now_ms)
+    def refresh(self) -> float:
+        """Ask for what is newest; until when it is, in seconds since the epoch; raises as above."""
+        ...
 
 
-def key_id(public_key: Ed25519PublicKey) -> str:
-    """SHA-256 of the raw public key, lower-case hex."""
-    return hashlib.sha256(public_key.public_bytes_raw()).hexdigest()
-
-
-def load_trusted(path: Path) -> dict[str, Ed25519PublicKey]:
-    """The ed25519 public keys in a PEM file, by key id.
+def load_root(path: Path) -> bytes:
+    """The trusted root in a file, as ``anabranch edge --trust`` names it.
 
     Raises:
-        InvalidInputError: there is none, or one is malformed or of another kind.
+        InvalidInputError: it is not there, or no root that its own keys signed.
         StorageError: the file cannot be read.
     """
     if not path.exists():
-        msg = f"{path} is not there: copy the cloud's keys/trusted.pem to it"
+        msg = f"{path} is not there: copy the cloud's tuf/root.json to it"
         raise InvalidInputError(msg)
-    with storage_errors(f"reading the trusted keys in {path}"):
-        blocks = _PEM.findall(path.read_bytes())
-    keys: dict[str, Ed25519PublicKey] = {}
-    for block in blocks:
-        try:
-            key = load_pem_public_key(block)
-        except (ValueError, UnsupportedAlgorithm) as error:
-            msg = f"{path}: a public key is malformed ({error}); copy the cloud's trusted.pem again"
-            raise InvalidInputError(msg) from error
-        if not isinstance(key, Ed25519PublicKey):
-            msg = f"{path}: holds a key that is not ed25519; copy the cloud's trusted.pem again"
-            raise InvalidInputError(msg)
-        keys[key_id(key)] = key
-    if not keys:
-        msg = f"{path}: holds no public key in PEM form; copy the cloud's keys/trusted.pem there"
-        raise InvalidInputError(msg)
-    return keys
-
-
-def sign_manifest(manifest_bytes: bytes, private_key: Ed25519PrivateKey) -> bytes:
-    """Serialized ``SignedManifest`` of these exact bytes.
-
-    Raises:
-        InvalidInputError: it is bigger than any device accepts.
-    """
-    signature = release_pb2.Signature(
-        key_id=key_id(private_key.public_key()),
-        signature=private_key.sign(CONTEXT + manifest_bytes),
-    )
-    signed = release_pb2.SignedManifest(manifest=manifest_bytes, signatures=[signature])
-    data = signed.SerializeToString()
-    if len(data) > MAX_SIGNED_BYTES:
-        msg = (
-            f"the manifest has {len(data)} bytes signed, devices accept {MAX_SIGNED_BYTES}: "
-            "list fewer demonstrations or canaries"
-        )
-        raise InvalidInputError(msg)
+    with storage_errors(f"reading the trusted root in {path}"):
+        data = path.read_bytes()
+    try:
+        root = Metadata[Root].from_bytes(data)
+        if not isinstance(root.signed, Root):
+            raise RepositoryError(root.signed.type)  # noqa: TRY301 # one message for all
+        root.signed.verify_delegate(Root.type, root.signed_bytes, root.signatures)
+    except RepositoryError as error:
+        what = "a public key from before 0.2" if data.startswith(b"-----BEGIN") else error
+        msg = f"{path} is no trusted root ({what}): copy the cloud's tuf/root.json there"
+        raise InvalidInputError(msg) from error
     return data
 
 
-def verify(
-    signed: bytes, *, keys: Mapping[str, Ed25519PublicKey], channel: str, now_ms: int
-) -> release_pb2.Manifest:
-    """The manifest inside ``signed`` (a serialized ``SignedManifest``), if it can be trusted.
+class TufReleases:
+    """Trust in a root that came with the device.
 
-    Args:
-        signed: what the cloud sent.
-        keys: trusted public keys by key id.
-        channel: the device's own channel; a manifest of another one is refused.
-        now_ms: milliseconds since the epoch.
+    Folder::
 
-    Raises:
-        SignatureError: it is malformed, not signed by a trusted key, of another channel, expired,
-            or does not describe a whole student.
+        metadata/      what was believed last, so that nothing older is believed after it
+        clock.json     the latest time at which something was believed
     """
-    if len(signed) > MAX_SIGNED_BYTES:
-        _refuse(f"has {len(signed)} bytes, at most {MAX_SIGNED_BYTES} are read")
-    envelope = release_pb2.SignedManifest()
+
+    def __init__(
+        self,
+        *,
+        root: bytes,
+        folder: Path,
+        channel: str,
+        transport: Transport,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Trust ``root`` until newer roots take its place.
+
+        Args:
+            root: from :func:`load_root`.
+            folder: in the device's state.
+            channel: whose releases are asked for.
+            transport: where metadata and manifests come from.
+            clock: seconds since the epoch.
+            monotonic: seconds.
+        """
+        self._root = root
+        self._metadata = folder / "metadata"
+        self._noted = folder / "clock.json"
+        self._channel = channel
+        self._clock = clock
+        self._fetcher = Fetcher(transport=transport, monotonic=monotonic)
+        self._lock = threading.Lock()
+
+    @property
+    def channel(self) -> str:
+        """See :class:`TrustedReleases`."""
+        return self._channel
+
+    def manifest(self, release: int, *, kept: bytes = b"") -> bytes:
+        """See :class:`TrustedReleases`."""
+        path = f"{self._channel}/{release}"
+        with self._refreshed() as updater:
+            return self._get(updater.get_targetinfo(path), path, kept)
+
+    def refresh(self) -> float:
+        """See :class:`TrustedReleases`."""
+        with self._refreshed() as updater:
+            return updater.fresh_until()
+
+    @contextmanager
+    def _refreshed(self) -> Iterator[_Updater]:
+        """python-tuf's client after a refresh; one at a time works on the folder."""
+        with self._lock, storage_errors(f"keeping metadata in {self._metadata}"):
+            self._metadata.mkdir(parents=True, exist_ok=True)
+            now = self._now()
+            with _refusals(now):
+                updater = _Updater(
+                    metadata_dir=str(self._metadata),
+                    metadata_base_url=METADATA,
+                    fetcher=self._fetcher,
+                    config=_CONFIG,
+                    bootstrap=self._root,
+                )
+                updater.judge_expiry_at(now)
+                updater.refresh()
+                self._note(now)
+                yield updater
+
+    def _get(self, target: TargetFile | None, path: str, kept: bytes) -> bytes:
+        if target is None or _SHA256 not in target.hashes or target.length > MAX_MANIFEST_BYTES:
+            msg = (
+                f"the signed metadata lists no manifest {path} that this device reads: it is not "
+                "run, the old student serves on"
+            )
+            raise IntegrityError(msg)
+        try:
+            target.verify_length_and_hashes(kept)
+        except LengthOrHashMismatchError:
+            kept = self._fetcher.download_bytes(TARGETS + target.hashes[_SHA256], target.length)
+            target.verify_length_and_hashes(kept)
+        return kept
+
+    def _now(self) -> datetime:
+        """The clock's time, but no earlier than any at which something was believed.
+
+        So a device that starts without a battery for its clock is not taken back to where expired
+        metadata was fresh. Nothing is believed past its expiry: a clock that was fast for a while
+        moves this at most to the expiry of what was newest then.
+        """
+        return datetime.fromtimestamp(max(self._clock(), self._read_noted()), UTC)
+
+    def _note(self, now: datetime) -> None:
+        if now.timestamp() >= self._read_noted() + _NOTE_TIME_S:
+            body = {"version": 1, "believed_at": now.timestamp()}
+            write_atomic(self._noted, json.dumps(body).encode() + b"\n")
+
+    def _read_noted(self) -> float:
+        with storage_errors(f"reading {self._noted}"):
+            data = self._noted.read_bytes() if self._noted.exists() else b""
+        if not data:
+            return 0.0
+        try:
+            body = json.loads(data)
+            if body["version"] != 1:
+                msg = f"version {body['version']!r} is not 1"
+                raise ValueError(msg)  # noqa: TRY301 # one way to deal with all damage
+            return float(body["believed_at"])
+        except (ValueError, TypeError, KeyError) as error:
+            set_aside(self._noted, str(error))
+            return 0.0
+
+
+class _Updater(Updater):
+    """python-tuf's client, with our clock and with files that survive a power loss.
+
+    It overrides what is private there, hence the exact bounds on its version in pyproject.toml;
+    tests see that each of the three is used.
+    """
+
+    def judge_expiry_at(self, now: datetime) -> None:
+        """Take ``now`` for the present time."""
+        self._trusted_set.reference_time = now
+
+    def fresh_until(self) -> float:
+        """When the timestamp expires, in seconds since the epoch."""
+        return self._trusted_set.timestamp.expires.timestamp()
+
+    def _persist_file(self, filename: str, data: bytes) -> None:
+        path = Path(filename)
+        if not path.exists() or path.read_bytes() != data:
+            write_atomic(path, data)
+
+    def _update_root_symlink(self) -> None:
+        """Nothing reads it where the root is given at each start."""
+
+
+@contextmanager
+def _refusals(now: datetime) -> Iterator[None]:
+    """python-tuf's errors as ours, by what can be done about them."""
     try:
-        envelope.ParseFromString(signed)
-    except DecodeError:
-        _refuse("is no SignedManifest")
-    if len(envelope.signatures) > MAX_SIGNATURES:
-        _refuse(f"has more than {MAX_SIGNATURES} signatures")
-    if not any(_is_right(s, envelope.manifest, keys) for s in envelope.signatures):
-        _refuse("has no right signature by a trusted key; check the device's --trust file")
-    manifest = release_pb2.Manifest()
-    try:
-        manifest.ParseFromString(envelope.manifest)
-    except DecodeError:
-        _refuse("is signed, but no Manifest")
-    _check(manifest, channel=channel, now_ms=now_ms)
-    return manifest
-
-
-def _is_right(
-    signature: release_pb2.Signature, manifest: bytes, keys: Mapping[str, Ed25519PublicKey]
-) -> bool:
-    key = keys.get(signature.key_id)
-    if key is None:
-        return False
-    try:
-        key.verify(signature.signature, CONTEXT + manifest)
-    except InvalidSignature:
-        return False
-    return True
-
-
-def _check(manifest: release_pb2.Manifest, *, channel: str, now_ms: int) -> None:
-    """Refuse what is signed but not for this device, not any more, or not a whole student."""
-    if manifest.channel != channel:
-        _refuse(f"is for channel {manifest.channel!r}, this device is in {channel!r}")
-    if manifest.expires_ms and manifest.expires_ms <= now_ms:
-        _refuse(f"expired {(now_ms - manifest.expires_ms) / 1000:.0f} s ago; check the clock")
-    if manifest.version < 1:
-        _refuse("has version 0")
-    sums = [
-        *(f.sha256 for f in manifest.files),
-        *(s for d in manifest.deltas for s in (d.base_sha256, d.target_sha256, d.sha256)),
-    ]
-    if not all(_HEX.fullmatch(s) for s in sums):
-        _refuse("has a SHA-256 that is not 64 lower-case hex digits")
-    sizes = [*(f.size for f in manifest.files), *(d.size for d in manifest.deltas)]
-    if any(size > MAX_FILE_BYTES for size in sizes):
-        _refuse(f"has a file of more than {MAX_FILE_BYTES} bytes")
-    try:
-        student = digest_of(BundleFile(f.name, f.sha256, f.size) for f in manifest.files)
-    except InvalidInputError as error:
-        _refuse(f"lists other files: {error}")
-    if len(manifest.files) != len({f.name for f in manifest.files}) or student != manifest.student:
-        _refuse("names a student that its files do not make")
-
-
-def _refuse(what: str) -> NoReturn:
-    msg = f"the release manifest {what}; it is not used, the old student serves on"
-    raise SignatureError(msg)
+        yield
+    except ExpiredMetadataError as error:
+        msg = (
+            f"{error} at {now:%Y-%m-%d %H:%M} UTC, this device's time: its clock is wrong, or "
+            "newer metadata is held back, or the cloud does not renew it; the old student serves "
+            "on, asking again later"
+        )
+        _log.warning(msg)
+        raise ExpiredError(msg) from error
+    except (RepositoryError, DownloadLengthMismatchError) as error:
+        msg = (
+            f"the cloud's signed metadata is refused ({type(error).__name__}: {error}); check the "
+            "device's --trust file if this lasts. The old student serves on"
+        )
+        raise IntegrityError(msg) from error
+    except DownloadError as error:
+        msg = f"the cloud does not give its signed metadata ({error}); asking again later"
+        raise UnavailableError(msg) from error

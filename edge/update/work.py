@@ -8,13 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from edge import delta
-from edge.delta.files import storage_errors, write_atomic
+from edge.delta.files import storage_errors
 from edge.student.bundle import list_files
 from edge.update.machine import Event
+from edge.update.manifest import ManifestFile, parse
 from edge.update.plan import Step, downloads, plan
 from edge.update.probe import Student, judge, probe, resident_bytes
 from edge.update.slots import Entry, Slots, link
-from protos.errors import IntegrityError, InvalidInputError, ProbeError, SignatureError
+from protos.errors import IntegrityError, InvalidInputError, ProbeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +69,6 @@ class Work(Generic[StudentT]):
         serving: Entry,
         transport: Transport,
         trusted: TrustedReleases,
-        clock: Callable[[], float],
         interrupted: Callable[[], bool],
         took: Callable[[Download, int], None],
         unloaded: Callable[[], None] = lambda: None,
@@ -77,10 +77,9 @@ class Work(Generic[StudentT]):
         self._device = device
         self._slots = slots
         self._downloads = downloads
-        self._manifest_file = manifest_file
+        self._manifest_file = ManifestFile(manifest_file)
         self._transport = transport
         self._trusted = trusted
-        self._clock = clock
         self._interrupted = interrupted
         self._took = took
         self._steps: tuple[Step, ...] = ()
@@ -102,7 +101,8 @@ class Work(Generic[StudentT]):
         """Get the manifest, decide what is needed, and download it; None: it was interrupted.
 
         Raises:
-            SignatureError: the manifest cannot be trusted.
+            SignatureError: the manifest is signed and yet not for this device.
+            ExpiredError: what signs it is out of date by the clock here.
             ProbeError: its student failed before.
             IntegrityError: the cloud sent other bytes than it should.
             InvalidInputError: the cloud does not have a file of the release.
@@ -205,7 +205,7 @@ class Work(Generic[StudentT]):
         self.close_candidate()
         self._steps = ()
         self._downloads.keep_only(())
-        self._manifest_file.unlink(missing_ok=True)
+        self._manifest_file.delete()
         self._slots.clean({self.serving.student})
 
     def free_space(self) -> None:
@@ -246,15 +246,16 @@ class Work(Generic[StudentT]):
         self.serving = entry
 
     def _get_manifest(self, record: Record) -> release_pb2.Manifest:
-        """The manifest of the wanted release: the one kept, or the cloud's."""
-        now_ms = int(self._clock() * 1000)
+        """The manifest of the wanted release, believed now."""
         try:
-            manifest = self._read_manifest(record, now_ms=now_ms)
+            kept = self._manifest_file.read()
         except IntegrityError:
-            signed = self._transport.get_manifest(record.release)
-            manifest = self._trusted.manifest(signed, now_ms=now_ms)
-            _check_release(manifest, record)
-            write_atomic(self._manifest_file, signed)
+            kept = b""
+        # Asked anew at each try: what was believed yesterday may be revoked today.
+        data = self._trusted.manifest(record.release, kept=kept)
+        manifest = self._parse(data, record)
+        if data != kept:
+            self._manifest_file.write(data)
         if manifest.student == record.failed.student and record.release <= record.failed.release:
             msg = (
                 f"the student of release {record.release} failed under release "
@@ -263,14 +264,12 @@ class Work(Generic[StudentT]):
             raise ProbeError(msg)
         return manifest
 
-    def _read_manifest(self, record: Record, *, now_ms: int = 0) -> release_pb2.Manifest:
-        """The manifest kept on the disk; at time 0 it has not expired: it was believed in time."""
-        with storage_errors(f"reading {self._manifest_file}"):
-            there = self._manifest_file.exists()
-            signed = self._manifest_file.read_bytes() if there else b""
-        manifest = self._trusted.manifest(signed, now_ms=now_ms)
-        _check_release(manifest, record)
-        return manifest
+    def _read_manifest(self, record: Record) -> release_pb2.Manifest:
+        """The manifest kept on the disk: it was believed when the fetching began."""
+        return self._parse(self._manifest_file.read(), record)
+
+    def _parse(self, data: bytes, record: Record) -> release_pb2.Manifest:
+        return parse(data, channel=self._trusted.channel, release=record.release)
 
     def _plan(self, manifest: release_pb2.Manifest, *, full: bool) -> tuple[Step, ...]:
         """What to do, from what is on the disk now: an altered base is seen here."""
@@ -296,12 +295,3 @@ class Work(Generic[StudentT]):
             return partial(delta.apply, base, path)
         # A copy of its own would cost a second time the space and the wear.
         return partial(link, path)
-
-
-def _check_release(manifest: release_pb2.Manifest, record: Record) -> None:
-    if manifest.version != record.release:
-        msg = (
-            f"release {record.release} was asked for and the manifest is of {manifest.version}: "
-            "it is not used, the old student serves on"
-        )
-        raise SignatureError(msg)

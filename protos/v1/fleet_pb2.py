@@ -24,31 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/fleet.proto\x12\x0c\x61nabranch.v1\"Q\n\x0cWatchRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07student\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x04\"\x19\n\x06Target\x12\x0f\n\x07release\x18\x01 \x01(\x04\"3\n\x0fManifestRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x04\"(\n\rManifestReply\x12\x17\n\x0fsigned_manifest\x18\x01 \x01(\x0c\"N\n\x0bReadRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"3\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xcd\x01\n\x0cUpdateReport\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\x04\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.anabranch.v1.UpdateState\x12\x0f\n\x07student\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65lta_bytes\x18\x08 \x01(\x04\x12\x19\n\x11probe_equal_share\x18\t \x01(\x01\"\x1f\n\x0bReportReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08*\xa1\x02\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_STATE_IDLE\x10\x01\x12\x19\n\x15UPDATE_STATE_FETCHING\x10\x02\x12\x1a\n\x16UPDATE_STATE_VERIFYING\x10\x03\x12\x19\n\x15UPDATE_STATE_APPLYING\x10\x04\x12\x18\n\x14UPDATE_STATE_PROBING\x10\x05\x12\x1a\n\x16UPDATE_STATE_COMMITTED\x10\x06\x12\x1d\n\x19UPDATE_STATE_ROLLING_BACK\x10\x07\x12\x17\n\x13UPDATE_STATE_FAILED\x10\x08\x12\x1d\n\x19UPDATE_STATE_INCONSISTENT\x10\t2\x8a\x02\n\x05\x46leet\x12;\n\x05Watch\x12\x1a.anabranch.v1.WatchRequest\x1a\x14.anabranch.v1.Target0\x01\x12I\n\x0bGetManifest\x12\x1d.anabranch.v1.ManifestRequest\x1a\x1b.anabranch.v1.ManifestReply\x12\x38\n\x04Read\x12\x19.anabranch.v1.ReadRequest\x1a\x13.anabranch.v1.Chunk0\x01\x12?\n\x06Report\x12\x1a.anabranch.v1.UpdateReport\x1a\x19.anabranch.v1.ReportReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/fleet.proto\x12\x0c\x61nabranch.v1\"Q\n\x0cWatchRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07student\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\x04\"\x19\n\x06Target\x12\x0f\n\x07release\x18\x01 \x01(\x04\"`\n\x0bReadRequest\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\x12\x10\n\x08metadata\x18\x05 \x01(\t\"3\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\"\xcd\x01\n\x0cUpdateReport\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x0f\n\x07release\x18\x03 \x01(\x04\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.anabranch.v1.UpdateState\x12\x0f\n\x07student\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\x13\n\x0b\x64\x65lta_bytes\x18\x08 \x01(\x04\x12\x19\n\x11probe_equal_share\x18\t \x01(\x01\"\x1f\n\x0bReportReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08*\xa1\x02\n\x0bUpdateState\x12\x1c\n\x18UPDATE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11UPDATE_STATE_IDLE\x10\x01\x12\x19\n\x15UPDATE_STATE_FETCHING\x10\x02\x12\x1a\n\x16UPDATE_STATE_VERIFYING\x10\x03\x12\x19\n\x15UPDATE_STATE_APPLYING\x10\x04\x12\x18\n\x14UPDATE_STATE_PROBING\x10\x05\x12\x1a\n\x16UPDATE_STATE_COMMITTED\x10\x06\x12\x1d\n\x19UPDATE_STATE_ROLLING_BACK\x10\x07\x12\x17\n\x13UPDATE_STATE_FAILED\x10\x08\x12\x1d\n\x19UPDATE_STATE_INCONSISTENT\x10\t2\xbf\x01\n\x05\x46leet\x12;\n\x05Watch\x12\x1a.anabranch.v1.WatchRequest\x1a\x14.anabranch.v1.Target0\x01\x12\x38\n\x04Read\x12\x19.anabranch.v1.ReadRequest\x1a\x13.anabranch.v1.Chunk0\x01\x12?\n\x06Report\x12\x1a.anabranch.v1.UpdateReport\x1a\x19.anabranch.v1.ReportReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATESTATE']._serialized_start=619
-  _globals['_UPDATESTATE']._serialized_end=908
+  _globals['_UPDATESTATE']._serialized_start=542
+  _globals['_UPDATESTATE']._serialized_end=831
   _globals['_WATCHREQUEST']._serialized_start=39
   _globals['_WATCHREQUEST']._serialized_end=120
   _globals['_TARGET']._serialized_start=122
   _globals['_TARGET']._serialized_end=147
-  _globals['_MANIFESTREQUEST']._serialized_start=149
-  _globals['_MANIFESTREQUEST']._serialized_end=200
-  _globals['_MANIFESTREPLY']._serialized_start=202
-  _globals['_MANIFESTREPLY']._serialized_end=242
-  _globals['_READREQUEST']._serialized_start=244
-  _globals['_READREQUEST']._serialized_end=322
-  _globals['_CHUNK']._serialized_start=324
-  _globals['_CHUNK']._serialized_end=375
-  _globals['_UPDATEREPORT']._serialized_start=378
-  _globals['_UPDATEREPORT']._serialized_end=583
-  _globals['_REPORTREPLY']._serialized_start=585
-  _globals['_REPORTREPLY']._serialized_end=616
-  _globals['_FLEET']._serialized_start=911
-  _globals['_FLEET']._serialized_end=1177
+  _globals['_READREQUEST']._serialized_start=149
+  _globals['_READREQUEST']._serialized_end=245
+  _globals['_CHUNK']._serialized_start=247
+  _globals['_CHUNK']._serialized_end=298
+  _globals['_UPDATEREPORT']._serialized_start=301
+  _globals['_UPDATEREPORT']._serialized_end=506
+  _globals['_REPORTREPLY']._serialized_start=508
+  _globals['_REPORTREPLY']._serialized_end=539
+  _globals['_FLEET']._serialized_start=834
+  _globals['_FLEET']._serialized_end=1025
 # @@protoc_insertion_point(module_scope)

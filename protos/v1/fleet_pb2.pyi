@@ -99,48 +99,6 @@ class Target(_message.Message):
 Global___Target: _TypeAlias = Target  # noqa: Y015
 
 @_typing.final
-class ManifestRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CHANNEL_FIELD_NUMBER: _builtins.int
-    RELEASE_FIELD_NUMBER: _builtins.int
-    channel: _builtins.str
-    release: _builtins.int
-    def __init__(
-        self,
-        *,
-        channel: _builtins.str = ...,
-        release: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "release", b"release"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ManifestRequest: _TypeAlias = ManifestRequest  # noqa: Y015
-
-@_typing.final
-class ManifestReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SIGNED_MANIFEST_FIELD_NUMBER: _builtins.int
-    signed_manifest: _builtins.bytes
-    """SignedManifest"""
-    def __init__(
-        self,
-        *,
-        signed_manifest: _builtins.bytes = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["signed_manifest", b"signed_manifest"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ManifestReply: _TypeAlias = ManifestReply  # noqa: Y015
-
-@_typing.final
 class ReadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -148,12 +106,15 @@ class ReadRequest(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     channel: _builtins.str
     sha256: _builtins.str
     offset: _builtins.int
     """bytes"""
     length: _builtins.int
     """bytes; 0: to the end. The server may send less, at most 16 MiB a call"""
+    metadata: _builtins.str
+    """instead of sha256: timestamp.json, 3.root.json, 17.targets.json"""
     def __init__(
         self,
         *,
@@ -161,10 +122,11 @@ class ReadRequest(_message.Message):
         sha256: _builtins.str = ...,
         offset: _builtins.int = ...,
         length: _builtins.int = ...,
+        metadata: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "length", b"length", "offset", b"offset", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["channel", b"channel", "length", b"length", "metadata", b"metadata", "offset", b"offset", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

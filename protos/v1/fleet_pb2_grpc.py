@@ -39,11 +39,6 @@ class FleetStub:
                 request_serializer=protos_dot_v1_dot_fleet__pb2.WatchRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_fleet__pb2.Target.FromString,
                 _registered_method=True)
-        self.GetManifest = channel.unary_unary(
-                '/anabranch.v1.Fleet/GetManifest',
-                request_serializer=protos_dot_v1_dot_fleet__pb2.ManifestRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_fleet__pb2.ManifestReply.FromString,
-                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/anabranch.v1.Fleet/Read',
                 request_serializer=protos_dot_v1_dot_fleet__pb2.ReadRequest.SerializeToString,
@@ -66,15 +61,9 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetManifest(self, request, context):
-        """The signed manifest of one release.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Read(self, request, context):
-        """Bytes of a file or delta named by its SHA-256, from an offset on: resumable.
+        """Bytes of a manifest, file or delta named by its SHA-256, or of signed metadata by its name; from
+        an offset on: resumable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,11 +83,6 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=protos_dot_v1_dot_fleet__pb2.WatchRequest.FromString,
                     response_serializer=protos_dot_v1_dot_fleet__pb2.Target.SerializeToString,
-            ),
-            'GetManifest': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetManifest,
-                    request_deserializer=protos_dot_v1_dot_fleet__pb2.ManifestRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_fleet__pb2.ManifestReply.SerializeToString,
             ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
@@ -138,33 +122,6 @@ class Fleet:
             '/anabranch.v1.Fleet/Watch',
             protos_dot_v1_dot_fleet__pb2.WatchRequest.SerializeToString,
             protos_dot_v1_dot_fleet__pb2.Target.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetManifest(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/anabranch.v1.Fleet/GetManifest',
-            protos_dot_v1_dot_fleet__pb2.ManifestRequest.SerializeToString,
-            protos_dot_v1_dot_fleet__pb2.ManifestReply.FromString,
             options,
             channel_credentials,
             insecure,

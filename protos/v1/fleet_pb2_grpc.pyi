@@ -33,10 +33,10 @@ class FleetStub:
     def __new__(cls, channel: _aio.Channel) -> FleetAsyncStub: ...
     Watch: _grpc.UnaryStreamMultiCallable[_fleet_pb2.WatchRequest, _fleet_pb2.Target]
     """A light stream: which release this device should run, now and whenever that changes."""
-    GetManifest: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.ManifestRequest, _fleet_pb2.ManifestReply]
-    """The signed manifest of one release."""
     Read: _grpc.UnaryStreamMultiCallable[_fleet_pb2.ReadRequest, _fleet_pb2.Chunk]
-    """Bytes of a file or delta named by its SHA-256, from an offset on: resumable."""
+    """Bytes of a manifest, file or delta named by its SHA-256, or of signed metadata by its name; from
+    an offset on: resumable.
+    """
     Report: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.UpdateReport, _fleet_pb2.ReportReply]
     """How an update goes on this device. Idempotent: the same report twice counts once."""
 
@@ -45,10 +45,10 @@ class FleetAsyncStub(FleetStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Watch: _aio.UnaryStreamMultiCallable[_fleet_pb2.WatchRequest, _fleet_pb2.Target]  # type: ignore[assignment]
     """A light stream: which release this device should run, now and whenever that changes."""
-    GetManifest: _aio.UnaryUnaryMultiCallable[_fleet_pb2.ManifestRequest, _fleet_pb2.ManifestReply]  # type: ignore[assignment]
-    """The signed manifest of one release."""
     Read: _aio.UnaryStreamMultiCallable[_fleet_pb2.ReadRequest, _fleet_pb2.Chunk]  # type: ignore[assignment]
-    """Bytes of a file or delta named by its SHA-256, from an offset on: resumable."""
+    """Bytes of a manifest, file or delta named by its SHA-256, or of signed metadata by its name; from
+    an offset on: resumable.
+    """
     Report: _aio.UnaryUnaryMultiCallable[_fleet_pb2.UpdateReport, _fleet_pb2.ReportReply]  # type: ignore[assignment]
     """How an update goes on this device. Idempotent: the same report twice counts once."""
 
@@ -62,20 +62,14 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         """A light stream: which release this device should run, now and whenever that changes."""
 
     @_abc_1.abstractmethod
-    def GetManifest(
-        self,
-        request: _fleet_pb2.ManifestRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_fleet_pb2.ManifestReply, _abc.Awaitable[_fleet_pb2.ManifestReply]]:
-        """The signed manifest of one release."""
-
-    @_abc_1.abstractmethod
     def Read(
         self,
         request: _fleet_pb2.ReadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_fleet_pb2.Chunk], _abc.AsyncIterator[_fleet_pb2.Chunk]]:
-        """Bytes of a file or delta named by its SHA-256, from an offset on: resumable."""
+        """Bytes of a manifest, file or delta named by its SHA-256, or of signed metadata by its name; from
+        an offset on: resumable.
+        """
 
     @_abc_1.abstractmethod
     def Report(

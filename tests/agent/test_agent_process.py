@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -17,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from prometheus_client import CollectorRegistry
 
+from cloud.releases.blobs import Blob
+from cloud.releases.repository import Repository
 from edge.agent import AgentConfig, run
 from edge.process import listen_address, locked
 from edge.student.bundle import digest_of, list_files
-from edge.update import trust
 from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, fleet_pb2, fleet_pb2_grpc, release_pb2
 
@@ -34,11 +36,10 @@ else:
 
 Json = dict[str, Any]
 Eventually = Callable[[Callable[[], object]], None]
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
 class Home:
-    """A folder with a bundle and a trusted key, and the agents that were started in it."""
+    """A folder with a bundle and a trusted root, and the agents that were started in it."""
 
     def __init__(self, root: Path, broker: str, eventually: Eventually) -> None:
         self.root = root
@@ -49,14 +50,15 @@ class Home:
             "device": "kitchen-1",
             "channel": "home",
             "student": str(self.bundle),
-            "trust": str(root / "trusted.pem"),
+            "trust": str(root / "cloud" / "tuf" / "root.json"),
             "broker": broker,
             "cloud": "127.0.0.1:1",
             "listen": "127.0.0.1:0",
             "metrics": "127.0.0.1:0",
         }
-        pem = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        (root / "trusted.pem").write_bytes(pem)
+        self.repository = Repository(
+            state=root / "cloud", clock=time.time, registry=CollectorRegistry()
+        )
         self._eventually = eventually
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -231,7 +233,7 @@ def test_a_wrong_option_is_refused_before_anything_is_touched(
         "device": "kitchen-1",
         "channel": "home",
         "student": None,
-        "trust": tmp_path / "trusted.pem",
+        "trust": tmp_path / "root.json",
         "broker": "127.0.0.1:1883",
         "cloud": "127.0.0.1:8443",
     }
@@ -248,10 +250,10 @@ def test_port_zero_is_an_address_to_listen_on() -> None:
 class Fleet(fleet_pb2_grpc.FleetServicer):
     """A cloud with one release, made of full files."""
 
-    def __init__(self) -> None:
+    def __init__(self, repository: Repository) -> None:
         self.blobs: dict[str, bytes] = {}
         self.reports: list[fleet_pb2.UpdateReport] = []
-        self.signed = b""
+        self._repository = repository
         self._version = 0
         self._news = threading.Condition()
 
@@ -271,7 +273,10 @@ class Fleet(fleet_pb2_grpc.FleetServicer):
             bounds=release_pb2.ProbeBounds(min_equal_share=1.0, max_seconds=20),
             learned_from=learned_from,
         )
-        self.signed = trust.sign_manifest(manifest.SerializeToString(), KEY)
+        data = manifest.SerializeToString()
+        blob = Blob(hashlib.sha256(data).hexdigest(), len(data))
+        self.blobs[blob.sha256] = data
+        self._repository.update({f"home/{version}": blob}, self.blobs.__getitem__)
         with self._news:
             self._version = version
             self._news.notify_all()
@@ -289,17 +294,12 @@ class Fleet(fleet_pb2_grpc.FleetServicer):
                 told = version
                 yield fleet_pb2.Target(release=version)
 
-    def GetManifest(  # noqa: N802 - gRPC's name
-        self, request: fleet_pb2.ManifestRequest, context: grpc.ServicerContext
-    ) -> fleet_pb2.ManifestReply:
-        del request, context
-        return fleet_pb2.ManifestReply(signed_manifest=self.signed)
-
     def Read(  # noqa: N802 - gRPC's name
         self, request: fleet_pb2.ReadRequest, context: grpc.ServicerContext
     ) -> Iterator[fleet_pb2.Chunk]:
-        del context
-        data = self.blobs[request.sha256]
+        data = self.blobs.get(request.sha256) or self._repository.read(request.metadata)
+        if data is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such file")
         yield fleet_pb2.Chunk(offset=request.offset, data=data[request.offset :], size=len(data))
 
     def Report(  # noqa: N802 - gRPC's name
@@ -318,7 +318,7 @@ def test_a_release_is_swapped_in_under_load_and_no_request_fails(
 ) -> None:
     new = home.root / "new"
     digest = make_bundle(new, FIRST)
-    fleet = Fleet()
+    fleet = Fleet(home.repository)
     server = grpc.server(futures.ThreadPoolExecutor(8))
     fleet_pb2_grpc.add_FleetServicer_to_server(fleet, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -7,15 +7,22 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from cloud.cli import main
-from cloud.releases.keys import open_keys
+from cloud.db import open_database
+from cloud.releases.repository import Repository
+from cloud.releases.store import ReleaseStore
 from edge.process import locked
+from edge.student.bundle import FILES
+from protos.harness import Harness
+from protos.v1 import release_pb2
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +41,8 @@ COMMANDS = {
             "--min-new",
             "--max-base-kl",
             "--plan",
+            "--timestamp-hours",
+            "--targets-days",
             "--threads",
         ),
     ],
@@ -41,6 +50,11 @@ COMMANDS = {
         *("--state", "--device", "--trust", "--student", "--channel", "--broker", "--cloud"),
         *("--listen", "--metrics", "--expected-corrections", "--threads", "--memory-limit"),
     ],
+    "keys new": [],
+    "keys list": ["--state"],
+    "keys change": ["--state", "--role", "--add", "--remove", "--threshold", "--days"],
+    "release list": ["--state"],
+    "release sign": ["--key"],
     "demo": ["--out", "--seed", "--threads"],
     "rollout list": ["--state", "--json"],
     "rollout show": ["--state", "--channel", "--json"],
@@ -97,7 +111,7 @@ def complaint(ended: Ended) -> str:
 def test_help_names_every_command(anabranch: Anabranch) -> None:
     ended = anabranch("--help")
     assert ended.code == 0
-    for name in ("broker", "student", "cloud", "edge", "demo", "rollout", "device"):
+    for name in ("broker", "student", "cloud", "edge", "keys", "release", "rollout", "device"):
         assert re.search(rf"\b{name}\b", ended.out)
 
 
@@ -109,7 +123,7 @@ def test_help_of_a_command_names_its_options(anabranch: Anabranch, command: str)
     assert said == {*COMMANDS[command], "--help"}
 
 
-DEVICE = ("edge", "--state", "state", "--device", "kitchen", "--trust", "trusted.pem")
+DEVICE = ("edge", "--state", "state", "--device", "kitchen", "--trust", "root.json")
 CLOUD = ("cloud", "--state", "state", "--student", "nowhere")
 
 
@@ -121,7 +135,7 @@ CLOUD = ("cloud", "--state", "state", "--student", "nowhere")
         ((*CLOUD, "--grpc", "50051"), "'50051' is not an address"),
         ((*CLOUD, "--metrics", "host:port"), "'host:port' is not an address"),
         ((*CLOUD, "--channel", "a/b"), "channel 'a/b'"),
-        (DEVICE, "trusted.pem is not there: copy the cloud's keys/trusted.pem to it"),
+        (DEVICE, "root.json is not there: copy the cloud's tuf/root.json to it"),
         ((*DEVICE, "--broker", "1883"), "'1883' is not an address"),
         ((*DEVICE, "--cloud", "host:99999"), "'host:99999' is not an address"),
         ((*DEVICE, "--device", "+"), "device '+'"),
@@ -140,10 +154,9 @@ def test_what_a_person_can_mend_is_said_in_one_line(
 def test_a_device_without_a_student_says_how_to_get_one(
     anabranch: Anabranch, tmp_path: Path
 ) -> None:
-    keys = tmp_path / "keys"
-    open_keys(keys)
+    Repository(state=tmp_path / "cloud", clock=time.time, registry=CollectorRegistry())
     arguments = ("edge", "--state", str(tmp_path / "state"), "--device", "kitchen")
-    ended = anabranch(*arguments, "--trust", str(keys / "trusted.pem"))
+    ended = anabranch(*arguments, "--trust", str(tmp_path / "cloud" / "tuf" / "root.json"))
     assert "--student" in complaint(ended)
 
 
@@ -198,3 +211,71 @@ def test_as_a_process_of_its_own_it_ends_with_the_same_line_and_code() -> None:
         check=False,
     )
     assert "'nowhere' is not an address" in complaint(Ended(ended.returncode, "", ended.stderr))
+
+
+def test_keys_go_offline_and_a_release_is_signed_by_hand(
+    anabranch: Anabranch, tmp_path: Path
+) -> None:
+    """The whole ceremony as an operator types it."""
+    state, registry = tmp_path / "state", CollectorRegistry()
+    repository = Repository(state=state, clock=time.time, registry=registry)
+    engine = open_database(state / "cloud.sqlite")
+    store = ReleaseStore(
+        folder=state, engine=engine, repository=repository, clock=time.time, registry=registry
+    )
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    for name in FILES:
+        (bundle / name).write_bytes(Harness().to_json())
+    store.publish(bundle, channel="home", canaries=[], bounds=release_pb2.ProbeBounds())
+    made = anabranch("keys", "new", "anna.pem")
+    assert made.code == 0
+    key = made.out.split()[1]
+    (old,) = re.findall(r"([0-9a-f]{64})  here", anabranch_role(anabranch, state, "targets"))
+    change = ("keys", "change", "--state", str(state), "--role", "targets")
+    changed = anabranch(*change, "--add", "anna.pub", "--remove", old[:8])
+    assert f"new key {key[:12]}" in changed.out
+    assert f"key {old[:12]} signs no more" in changed.out
+    assert "1 signatures wanted" in changed.out
+    store.sync()
+    folder = str(state / "tuf" / "to-sign")
+    assert "targets" in anabranch("release", "sign", folder).out
+    assert "signed targets" in anabranch("release", "sign", folder, "--key", "anna.pem").out
+    store.sync()
+    assert f"{key}  elsewhere" in anabranch_role(anabranch, state, "targets")
+    (bundle / "weights.bin").write_bytes(b"other")
+    release = store.publish(bundle, channel="home", canaries=[], bounds=release_pb2.ProbeBounds())
+    listed = anabranch("release", "list", "--state", str(state)).out.splitlines()
+    assert "waits to be signed" in listed[0]
+    assert listed[1].endswith("released")
+    looked = anabranch("release", "sign", folder).out
+    assert f"release home/2: student {release.student[:12]}" in looked
+    assert "1 signatures wanted" in looked
+    assert "0 more wanted" in anabranch("release", "sign", folder, "--key", "anna.pem").out
+    store.sync()
+    listed = anabranch("release", "list", "--state", str(state)).out.splitlines()
+    assert listed[0].endswith("released")
+    engine.dispose()
+
+
+def anabranch_role(anabranch: Anabranch, state: Path, role: str) -> str:
+    """What `keys list` says of a role."""
+    said = anabranch("keys", "list", "--state", str(state)).out
+    return said[said.index(f"{role} ") :].partition("UTC")[2].partition(" UTC")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("keys", "new", "key"), "does not end in .pem"),
+        (("keys", "list", "--state", "."), "has no TUF repository yet"),
+        (("keys", "change", "--state", ".", "--role", "root"), "has no TUF repository yet"),
+        (("release", "list", "--state", "."), "has no TUF repository yet"),
+        (("release", "sign", "."), "holds nothing to sign"),
+    ],
+)
+def test_wrong_use_of_keys_says_what_to_do(
+    anabranch: Anabranch, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in complaint(anabranch(*arguments))
+    assert not (tmp_path / "tuf").exists()

@@ -26,7 +26,7 @@ from cloud.evidence.metrics import IngestMetrics
 from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService
 from cloud.jobs import Jobs
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from edge.link.address import parse_address
@@ -65,7 +65,7 @@ def sample_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     releases = ReleaseStore(
         folder=state,
         engine=engine,
-        signer=open_keys(state / "keys"),
+        repository=Repository(state=state, clock=time.time, registry=cloud),
         clock=time.time,
         registry=cloud,
     )

@@ -11,10 +11,11 @@ import pytest
 from grpc import aio
 from prometheus_client import CollectorRegistry
 
-from cloud.db import open_database
+from cloud.db import open_database, read
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
+from cloud.releases.tables import ReleaseRow
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
 from protos import grpc_options
@@ -44,7 +45,7 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=self.engine,
-            signer=open_keys(folder / "keys"),
+            repository=Repository(state=folder, clock=lambda: 1e9, registry=self.registry),
             clock=lambda: 1e9,
             registry=self.registry,
         )
@@ -67,6 +68,11 @@ class Cloud:
         return self.store.publish(
             bundle, channel="home", canaries=[], bounds=release_pb2.ProbeBounds()
         )
+
+    def manifest(self, version: int) -> str:
+        """SHA-256 of a release's manifest."""
+        with read(self.engine) as session:
+            return str(session.get_one(ReleaseRow, ("home", version)).manifest)
 
     def begin(self, release: Release) -> None:
         self.driver.begin("home", release.version, student=release.student)

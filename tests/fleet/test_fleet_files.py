@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
-from cloud.db import write
-from cloud.releases.tables import ReleaseRow
 from cloud.rollout.state import Phase
-from edge.update import trust
 from edge.update.fetch import Downloads
 from edge.update.grpc_transport import GrpcTransport
+from edge.update.manifest import parse
 from edge.update.plan import Download
+from edge.update.trust import TufReleases, load_root
 from protos import grpc_options
+from protos.errors import IntegrityError
 from protos.v1 import fleet_pb2, fleet_pb2_grpc
 
 if TYPE_CHECKING:
@@ -53,14 +53,64 @@ def cloud(tmp_path: Path) -> Cloud:
     return Cloud(tmp_path)
 
 
+def believing(cloud: Cloud, folder: Path, transport: GrpcTransport) -> TufReleases:
+    """What a device with this cloud's root has of it."""
+    return TufReleases(
+        root=load_root(cloud.folder / "tuf" / "root.json"),
+        folder=folder,
+        channel="home",
+        transport=transport,
+        clock=lambda: 1e9,
+    )
+
+
 def test_the_manifest_is_what_devices_believe(cloud: Cloud, tmp_path: Path) -> None:
-    release = cloud.publish()
+    releases = [cloud.publish(), cloud.publish(changed=1000)]
+
+    def device() -> None:
+        transport = GrpcTransport(address=cloud.address, channel="home", device="hall")
+        try:
+            trusted = believing(cloud, tmp_path / "device", transport)
+            for release in releases:
+                data = trusted.manifest(release.version)
+                assert parse(data, channel="home", release=release.version) == release.manifest
+                assert trusted.manifest(release.version, kept=data) is data
+            with pytest.raises(IntegrityError, match="lists no manifest home/3"):
+                trusted.manifest(3)
+        finally:
+            transport.close()
+
+    async def talk(_: fleet_pb2_grpc.FleetAsyncStub) -> None:
+        await asyncio.to_thread(device)
+        assert (cloud.value("anabranch_served_bytes_total", kind="manifest") or 0) > 500
+        assert (cloud.value("anabranch_served_bytes_total", kind="metadata") or 0) > 500
+
+    cloud.run(talk)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("2.root.json", grpc.StatusCode.NOT_FOUND),
+        ("root.json", grpc.StatusCode.NOT_FOUND),
+        ("../root.json", grpc.StatusCode.NOT_FOUND),
+        ("../../keys/root.pem", grpc.StatusCode.NOT_FOUND),
+        ("x" * 100_000, grpc.StatusCode.NOT_FOUND),
+    ],
+)
+def test_only_metadata_that_was_published_is_read(
+    cloud: Cloud, name: str, code: grpc.StatusCode
+) -> None:
+    cloud.publish()
 
     async def talk(stub: fleet_pb2_grpc.FleetAsyncStub) -> None:
-        reply = await stub.GetManifest(fleet_pb2.ManifestRequest(channel="home", release=1))
-        keys = trust.load_trusted(tmp_path / "keys" / "trusted.pem")
-        manifest = trust.verify(reply.signed_manifest, keys=keys, channel="home", now_ms=0)
-        assert manifest == release.manifest
+        request = fleet_pb2.ReadRequest(channel="home", metadata=name)
+        assert (await fails(all_of(stub.Read(request))))[0] is code
+        request.metadata = "timestamp.json"
+        (chunk,) = await all_of(stub.Read(request))
+        assert chunk.data == (cloud.folder / "tuf" / "metadata" / "timestamp.json").read_bytes()
+        request.offset = 10_000
+        assert (await fails(all_of(stub.Read(request))))[0] is grpc.StatusCode.OUT_OF_RANGE
 
     cloud.run(talk)
 
@@ -130,7 +180,7 @@ def test_deltas_are_served_and_counted_apart(cloud: Cloud) -> None:
     ("channel", "sha256", "code"),
     [
         ("home", "ab" * 32, grpc.StatusCode.NOT_FOUND),
-        ("home", "../keys/signing.pem", grpc.StatusCode.INVALID_ARGUMENT),
+        ("home", "../keys/root.pem", grpc.StatusCode.INVALID_ARGUMENT),
         ("home", "", grpc.StatusCode.INVALID_ARGUMENT),
         ("home", "AB" * 32, grpc.StatusCode.INVALID_ARGUMENT),
         ("../home", "ab" * 32, grpc.StatusCode.INVALID_ARGUMENT),
@@ -165,32 +215,30 @@ def test_a_file_that_was_changed_on_the_disk_is_not_served(cloud: Cloud) -> None
 def test_a_truncated_or_garbage_manifest_is_never_served(
     cloud: Cloud, damage: bytes | None
 ) -> None:
-    signed = cloud.publish().signed
-    with write(cloud.engine) as session:
-        row = session.get(ReleaseRow, ("home", 1))
-        assert row is not None
-        row.signed = signed[:-1] if damage is None else damage
+    cloud.publish()
+    sha256 = cloud.manifest(1)
+    file = cloud.store.blobs.path(sha256)
+    file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
 
     async def talk(stub: fleet_pb2_grpc.FleetAsyncStub) -> None:
-        request = fleet_pb2.ManifestRequest(channel="home", release=1)
-        assert (await fails(stub.GetManifest(request)))[0] is grpc.StatusCode.DATA_LOSS
+        request = fleet_pb2.ReadRequest(channel="home", sha256=sha256)
+        assert (await fails(all_of(stub.Read(request))))[0] is grpc.StatusCode.DATA_LOSS
 
     cloud.run(talk)
 
 
-def test_manifests_that_are_unknown_or_withdrawn_are_refused(cloud: Cloud) -> None:
+def test_the_manifest_of_a_withdrawn_release_is_not_given_out(cloud: Cloud) -> None:
     cloud.publish()
+    cloud.publish(changed=10)
     cloud.store.withdraw("home", 1)
 
     async def talk(stub: fleet_pb2_grpc.FleetAsyncStub) -> None:
-        for release, code in (
-            (0, grpc.StatusCode.NOT_FOUND),
-            (2, grpc.StatusCode.NOT_FOUND),
-            (2**64 - 1, grpc.StatusCode.NOT_FOUND),
-            (1, grpc.StatusCode.FAILED_PRECONDITION),
-        ):
-            request = fleet_pb2.ManifestRequest(channel="home", release=release)
-            assert (await fails(stub.GetManifest(request)))[0] is code
+        request = fleet_pb2.ReadRequest(channel="home", sha256=cloud.manifest(1))
+        code, message = await fails(all_of(stub.Read(request)))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "was withdrawn" in message
+        request.sha256 = cloud.manifest(2)
+        assert await all_of(stub.Read(request))
 
     cloud.run(talk)
 
@@ -226,7 +274,9 @@ def test_the_devices_own_transport_gets_a_whole_release(cloud: Cloud, tmp_path: 
             assert next(targets) == 0
             cloud.begin(release)
             assert next(targets) == release.version
-            assert transport.get_manifest(release.version) == release.signed
+            trusted = believing(cloud, tmp_path / "trust", transport)
+            data = trusted.manifest(release.version)
+            assert parse(data, channel="home", release=release.version) == release.manifest
             downloads = Downloads(tmp_path / "downloads")
             downloads.fetch(download, transport, took=lambda _, __: None, interrupted=lambda: False)
             downloads.verify(download)

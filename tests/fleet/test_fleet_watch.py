@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cloud.fleet.service import SERVICE, serve
 from cloud.rollout.state import Health, Phase
-from edge.update import trust
+from edge.update.manifest import MAX_MANIFEST_BYTES
 from protos import grpc_options
 from protos.errors import UnavailableError
 from protos.v1 import fleet_pb2, fleet_pb2_grpc
@@ -190,9 +190,9 @@ def test_malformed_requests_say_what_is_wrong(cloud: Cloud) -> None:
             bad = report("hall", release)
             setattr(bad, field, number)
             assert (await fails(stub.Report(bad)))[0] is invalid
-        for manifest in ("a/b", ""):
-            call = stub.GetManifest(fleet_pb2.ManifestRequest(channel=manifest, release=1))
-            assert (await fails(call))[0] is invalid
+        for channel in ("a/b", ""):
+            request = fleet_pb2.ReadRequest(channel=channel, metadata="timestamp.json")
+            assert (await fails(all_of(stub.Read(request))))[0] is invalid
         assert cloud.driver.state("home").devices == {}
 
     cloud.run(talk)
@@ -263,7 +263,7 @@ def test_devices_ping_less_often_than_the_server_allows() -> None:
     client, server = dict(grpc_options.CLIENT), dict(grpc_options.SERVER)
     allowed = server["grpc.http2.min_ping_interval_without_data_ms"]
     assert client["grpc.keepalive_time_ms"] >= 2 * allowed
-    assert trust.MAX_SIGNED_BYTES < grpc_options.MAX_MESSAGE_BYTES
+    assert MAX_MANIFEST_BYTES < grpc_options.MAX_MESSAGE_BYTES
 
 
 def hurried(options: grpc_options.Options) -> grpc_options.Options:

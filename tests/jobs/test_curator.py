@@ -14,7 +14,8 @@ from cloud.evidence.store import EvidenceStore
 from cloud.guarding import Guarding
 from cloud.jobs import Job, Jobs
 from cloud.policy import PolicyConfig
-from cloud.releases.keys import open_keys
+from cloud.releases import ceremony, keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.events import Abort, Bring, Outcome, Report, Resume
@@ -85,7 +86,7 @@ class Cloud:
         self.releases = ReleaseStore(
             folder=self.folder,
             engine=self.engine,
-            signer=open_keys(self.folder / "keys"),
+            repository=Repository(state=self.folder, clock=clock, registry=self.registry),
             clock=clock,
             registry=self.registry,
         )
@@ -430,3 +431,66 @@ def test_what_is_tested_is_never_trained_on_whoever_says_it_again(cloud: Cloud) 
     assert {m[0].content for m in asked} >= set(old[1:])
     news = {d.messages[0].content: d.answer for d in (*second.train, *second.held_out)}
     assert news[old[0]] == "left"
+
+
+def sign_offline(cloud: Cloud, key: Path) -> None:
+    """What a person does with the folder and the key that is not on the cloud's machine."""
+    ceremony.add_signature(cloud.folder / "tuf" / "to-sign", keys.load(key))
+    cloud.releases.sync()
+
+
+def test_a_release_that_waits_to_be_signed_is_rolled_out_when_it_was(
+    cloud: Cloud, tmp_path: Path
+) -> None:
+    cloud.deliver()
+    key = (cloud.folder / "keys" / "targets.pem").rename(tmp_path / "targets.pem")
+    job = cloud.adapt(demonstrations(30))
+    cloud.learn(job)
+    cloud.curator.tick()
+    assert cloud.latest().version == job.version == 2
+    assert not cloud.latest().signed
+    unsigned = cloud.registry.get_sample_value("anabranch_releases_unsigned", {"channel": "home"})
+    assert unsigned == 1
+    cloud.hear(demonstrations(30))
+    for _ in range(2):
+        cloud.curator.tick()
+        assert cloud.driver.state("home").version == 1
+        assert not cloud.jobs.busy, "nothing is learnt on top of what waits"
+        cloud.restart()
+    sign_offline(cloud, key)
+    cloud.curator.tick()
+    assert cloud.driver.state("home").version == 2
+    cloud.deliver()
+
+
+def test_a_rollback_needs_no_key_that_is_away(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.deliver()
+    first = cloud.latest()
+    cloud.learn(cloud.adapt(demonstrations(30)))
+    cloud.curator.tick()
+    for role in ("root", "targets"):
+        (cloud.folder / "keys" / f"{role}.pem").rename(tmp_path / f"{role}.pem")
+    cloud.driver.obey("home", Abort("people complain"))
+    cloud.curator.tick()
+    assert cloud.latest().signed
+    assert (cloud.latest().version, cloud.latest().student) == (3, first.student)
+    assert cloud.driver.state("home").version == 3
+
+
+def test_a_rollback_that_waits_to_be_signed_is_made_once(cloud: Cloud, tmp_path: Path) -> None:
+    """The release before was not known to be good when this one was signed."""
+    first = cloud.latest()
+    cloud.deliver()
+    cloud.learn(cloud.adapt(demonstrations(30)))
+    cloud.curator._fallback = lambda: 0  # type: ignore[method-assign] # as it was at that time
+    cloud.curator.tick()
+    key = (cloud.folder / "keys" / "targets.pem").rename(tmp_path / "targets.pem")
+    cloud.driver.obey("home", Abort("people complain"))
+    for _ in range(3):
+        cloud.curator.tick()
+        assert (cloud.latest().version, cloud.latest().signed) == (3, False)
+        assert cloud.driver.state("home").version == 2
+    sign_offline(cloud, key)
+    cloud.curator.tick()
+    assert cloud.driver.state("home").version == 3
+    assert cloud.latest().student == first.student

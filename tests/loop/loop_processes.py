@@ -18,8 +18,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import grpc
 import httpx
+from prometheus_client import CollectorRegistry
 
 from cloud.curator import CuratorConfig
 from cloud.db import open_database
@@ -28,16 +28,19 @@ from cloud.gate.gate import GateConfig
 from cloud.jobs import Jobs
 from cloud.learners.config import LearnerConfig
 from cloud.policy import PolicyConfig
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.service import CloudConfig, run
 from edge.process import PARENT, end_with_parent
+from edge.update.grpc_transport import GrpcTransport
+from edge.update.manifest import parse
+from edge.update.trust import TufReleases, load_root
 from protos.errors import AnabranchError
-from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cloud.jobs import Job
+    from protos.v1 import release_pb2
 
 Json = dict[str, Any]
 CHANNEL = "home"
@@ -119,7 +122,8 @@ class Town:
 
     def __enter__(self) -> Self:
         """Start everything, and wait until each device runs the first release."""
-        open_keys(self.cloud_state / "keys")  # so that devices need not wait for the cloud
+        # So that devices need not wait for the cloud.
+        Repository(state=self.cloud_state, clock=time.time, registry=CollectorRegistry())
         try:
             for name in ("broker", "cloud", *(d.name for d in self.devices)):
                 self.start(name)
@@ -146,7 +150,7 @@ class Town:
             command = ["-m", "cloud.cli", "edge", "--state", str(self.folder / name)]
             command += ["--device", name, "--channel", CHANNEL, "--threads", "1"]
             command += ["--student", str(self._student / "bundle")]
-            command += ["--trust", str(self.cloud_state / "keys" / "trusted.pem")]
+            command += ["--trust", str(self.cloud_state / "tuf" / "root.json")]
             command += ["--broker", self._broker, "--cloud", self.fleet]
             command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -207,16 +211,23 @@ class Town:
     def newest(self) -> int:
         """The newest release that there is, published or not yet rolled out."""
         with closing(sqlite3.connect(self.cloud_state / "cloud.sqlite")) as db:
-            (version,) = db.execute("SELECT max(version) FROM releases").fetchone()
+            (version,) = db.execute("SELECT max(version) FROM manifests").fetchone()
         return int(version)
 
     def manifest(self, version: int) -> release_pb2.Manifest:
         """A release's manifest, as devices get it."""
-        with grpc.insecure_channel(self.fleet) as channel:
-            request = fleet_pb2.ManifestRequest(channel=CHANNEL, release=version)
-            reply = fleet_pb2_grpc.FleetStub(channel).GetManifest(request)
-        signed = release_pb2.SignedManifest.FromString(reply.signed_manifest)
-        return release_pb2.Manifest.FromString(signed.manifest)
+        transport = GrpcTransport(address=self.fleet, channel=CHANNEL, device="nobody")
+        try:
+            trusted = TufReleases(
+                root=load_root(self.cloud_state / "tuf" / "root.json"),
+                folder=self.folder / "trust",
+                channel=CHANNEL,
+                transport=transport,
+                clock=time.time,
+            )
+            return parse(trusted.manifest(version), channel=CHANNEL, release=version)
+        finally:
+            transport.close()
 
     def stored(self) -> list[str]:
         """Ids of all demonstrations that the cloud has stored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import CollectorRegistry
 
-from cloud.db import open_database, write
-from cloud.releases.keys import KeySigner, open_keys
+from cloud.db import open_database, read
+from cloud.releases.repository import Repository
 from cloud.releases.store import Release, ReleaseStore
 from cloud.releases.tables import ReleaseRow
 from edge import delta as deltas
 from edge.student import bundle as bundles
-from edge.update import trust
+from edge.update.manifest import parse
 from protos.errors import IntegrityError, InvalidInputError, StorageError
 from protos.v1 import device_pb2, release_pb2
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from cloud.releases.keys import Signer
     from tests.releases.release_bundles import write_bundle
 else:
     from release_bundles import write_bundle
@@ -37,14 +36,12 @@ else:
 CANARY = release_pb2.Canary(
     messages=[device_pb2.ChatMessage(role="user", content="lamp on")], answer='{"name": "on"}'
 )
+NOW = 1_700_000_000.5
 BOUNDS = release_pb2.ProbeBounds(min_equal_share=0.9, max_seconds=10.0)
 
 
-class DyingSigner(KeySigner):
-    """Dies after the files are stored and before the release is."""
-
-    def sign(self, manifest: bytes) -> bytes:
-        raise KeyboardInterrupt(len(manifest))
+def clock() -> float:
+    return NOW
 
 
 @pytest.fixture
@@ -64,15 +61,14 @@ def engine(tmp_path: Path) -> Engine:
 def open_store(tmp_path: Path, engine: Engine) -> Callable[..., ReleaseStore]:
     """Open the store of the state folder, as a new process would."""
 
-    def open_(
-        *, signer: Signer | None = None, registry: CollectorRegistry | None = None
-    ) -> ReleaseStore:
+    def open_(*, registry: CollectorRegistry | None = None) -> ReleaseStore:
+        registry = registry or CollectorRegistry()
         return ReleaseStore(
             folder=tmp_path / "state",
             engine=engine,
-            signer=signer or open_keys(tmp_path / "state" / "keys"),
-            clock=lambda: 1_700_000_000.5,
-            registry=registry or CollectorRegistry(),
+            repository=Repository(state=tmp_path / "state", clock=clock, registry=registry),
+            clock=clock,
+            registry=registry,
         )
 
     return open_
@@ -88,8 +84,11 @@ def test_a_release_is_what_a_device_needs_and_believes(
     store, bundle = open_store(), make_bundle("base")
     check = release_pb2.GateCheck(name="new", value=0.8, bound=0.6, passed=True)
     release = publish(store, bundle, learned_from=["d1", "d2"], gate=[check])
-    keys = trust.load_trusted(tmp_path / "state" / "keys" / "trusted.pem")
-    manifest = trust.verify(release.signed, keys=keys, channel="home", now_ms=0)
+    assert release.signed
+    listed = json.loads(next((tmp_path / "state/tuf/metadata").glob("*.targets.json")).read_text())
+    sha256 = listed["signed"]["targets"]["home/1"]["hashes"]["sha256"]
+    assert store.blob_kind("home", sha256) == "manifest"
+    manifest = parse(store.blobs.read_all(sha256), channel="home", release=1)
     assert (manifest.version, manifest.student) == (1, bundles.digest(bundle))
     assert list(manifest.canaries) == [CANARY]
     assert (manifest.bounds, list(manifest.gate)) == (BOUNDS, [check])
@@ -209,13 +208,33 @@ def test_a_delta_is_built_once_and_again_when_it_was_damaged(
     assert bundles.sha256_file(path) == first.sha256
 
 
-def test_a_publish_that_dies_before_its_row_leaves_nothing_visible_and_is_begun_again(
-    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path]
+def die(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_publish_that_dies_before_it_is_signed_is_signed_at_the_next_start(
+    open_store: Callable[..., ReleaseStore],
+    make_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store, bundle = (
-        open_store(signer=DyingSigner(key=Ed25519PrivateKey.generate())),
-        make_bundle("base"),
-    )
+    store = open_store()
+    monkeypatch.setattr(store._repository, "update", die)
+    with pytest.raises(KeyboardInterrupt):
+        publish(store, make_bundle("base"))
+    left = store.latest("home")
+    assert left is not None
+    assert not left.signed
+    found = open_store().latest("home")
+    assert found == dataclasses.replace(left, signed=True)
+
+
+def test_a_publish_that_dies_before_its_row_leaves_nothing_visible_and_is_begun_again(
+    open_store: Callable[..., ReleaseStore],
+    make_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, bundle = open_store(), make_bundle("base")
+    monkeypatch.setattr(store._rows, "add", die)
     with pytest.raises(KeyboardInterrupt):
         publish(store, bundle)
     store = open_store()
@@ -234,33 +253,40 @@ def test_a_publish_that_cannot_commit_leaves_nothing_visible(
     store = open_store()
     publish(store, make_bundle("v1"))
     with engine.begin() as connection:
-        # What a full disk does, at the last statement of the transaction.
+        # What a full disk does, once the pages that are there are full.
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
+    published = 1
+
+    def publish_until_it_is_full() -> None:
+        nonlocal published
+        while published < 100:
+            publish(store, make_bundle(f"more-{published}", changed=100 + published))
+            published += 1
+
     with pytest.raises(StorageError):
-        publish(store, make_bundle("v2", changed=100), learned_from=["x" * 100_000])
+        publish_until_it_is_full()
     with engine.begin() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
     latest = store.latest("home")
     assert latest is not None
-    assert latest.version == 1
-    assert publish(store, make_bundle("v3", changed=100)).version == 2
+    assert latest.version == published
+    assert publish(store, make_bundle("last", changed=99)).version == published + 1
 
 
 _KILLED = """
 import os, pathlib, signal, sys
 from prometheus_client import CollectorRegistry
 from cloud.db import open_database
-from cloud.releases.keys import open_keys
+from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from protos.v1 import release_pb2
 
-class Killed:
-    def sign(self, manifest):
-        os.kill(os.getpid(), signal.SIGKILL)
-
+registry = CollectorRegistry()
 state, bundle = map(pathlib.Path, sys.argv[1:])
-store = ReleaseStore(folder=state, engine=open_database(state / "cloud.db"), signer=Killed(),
-                     clock=lambda: 0.0, registry=CollectorRegistry())
+store = ReleaseStore(folder=state, engine=open_database(state / "cloud.db"), clock=lambda: 0.0,
+                     repository=Repository(state=state, clock=lambda: 0.0, registry=registry),
+                     registry=registry)
+store._rows.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store.publish(bundle, channel="home", canaries=[], bounds=release_pb2.ProbeBounds())
 """
 
@@ -276,6 +302,38 @@ def test_a_publish_survives_sigkill_between_files_and_row(
     store = open_store()
     assert store.channels() == []
     assert publish(store, bundle).version == 1
+
+
+def test_what_a_rollback_needs_is_signed_with_the_release(
+    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The keys may be in a safe on the night when a release is bad."""
+    store = open_store()
+    old = publish(store, make_bundle("v1"), learned_from=["d1"])
+    bad = publish(store, make_bundle("v2", changed=100), fallback=1)
+    for role in ("root", "targets"):
+        (tmp_path / "state" / "keys" / f"{role}.pem").unlink()
+    store = open_store()
+    store.withdraw("home", bad.version)
+    back = store.republish("home", old.version)
+    assert back.signed
+    assert (back.version, back.student) == (3, old.student)
+    assert list(back.manifest.learned_from) == ["d1"]
+    bases = [d.base_sha256 for d in back.manifest.deltas]
+    assert bases == [f.sha256 for f in bad.manifest.files if f.name == "weights.bin"]
+    assert open_store().latest("home") == back
+
+
+def test_the_way_back_that_was_not_gone_makes_room_for_the_next_release(
+    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path]
+) -> None:
+    store = open_store()
+    publish(store, make_bundle("v1"))
+    publish(store, make_bundle("v2", changed=100), fallback=1)
+    third = publish(store, make_bundle("v3", changed=200), fallback=2)
+    assert (third.version, third.signed) == (3, True)
+    latest = open_store().latest("home")
+    assert latest == third
 
 
 def test_rolling_back_is_a_newer_release_with_the_old_content(
@@ -332,27 +390,23 @@ def test_a_bundle_folder_is_made_from_the_store_and_again_when_it_was_broken(
         store.bundle_folder("home", 2)
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", "truncated", "other key"])
+@pytest.mark.parametrize("damage", [b"", b"garbage", "truncated", "missing"])
 def test_a_damaged_manifest_is_never_given_out(
     open_store: Callable[..., ReleaseStore],
     make_bundle: Callable[..., Path],
     engine: Engine,
-    tmp_path: Path,
     damage: bytes | str,
 ) -> None:
     store = open_store()
-    release = publish(store, make_bundle("v1"))
-    signed = release.signed
+    publish(store, make_bundle("v1"))
+    with read(engine) as session:
+        file = store.blobs.path(session.get_one(ReleaseRow, ("home", 1)).manifest)
     if damage == "truncated":
-        signed = signed[:-10]
-    elif damage == "other key":
-        signed = open_keys(tmp_path / "others").sign(release.manifest.SerializeToString())
+        file.write_bytes(file.read_bytes()[:-10])
+    elif damage == "missing":
+        file.unlink()
     elif isinstance(damage, bytes):
-        signed = damage
-    with write(engine) as session:
-        row = session.get(ReleaseRow, ("home", 1))
-        assert row is not None
-        row.signed = signed
+        file.write_bytes(damage)
     with pytest.raises(IntegrityError, match="release 1 in channel 'home'"):
         store.find("home", 1)
     # A new release goes on, without deltas from the damaged one.
@@ -393,18 +447,19 @@ def test_malformed_names_and_harnesses_are_refused(
 
 
 def test_another_process_on_the_same_state_is_noticed(
-    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path], tmp_path: Path
+    open_store: Callable[..., ReleaseStore],
+    make_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keys, others = open_keys(tmp_path / "state" / "keys"), open_store()
+    others, slow = open_store(), open_store()
     bundle, other_bundle = make_bundle("v1"), make_bundle("v2", changed=10)
+    add = slow._rows.add
 
-    class Slow(KeySigner):
-        def sign(self, manifest: bytes) -> bytes:
-            if others.latest("home") is None:
-                publish(others, other_bundle)
-            return super().sign(manifest)
+    def late(row: ReleaseRow, kinds: dict[str, str]) -> None:
+        publish(others, other_bundle)
+        add(row, kinds)
 
-    slow = open_store(signer=Slow(key=keys._key))
+    monkeypatch.setattr(slow._rows, "add", late)
     with pytest.raises(StorageError, match="one cloud per state folder"):
         publish(slow, bundle)
     latest = open_store().latest("home")
@@ -420,12 +475,50 @@ def test_a_database_that_was_lost_leaves_the_files(
     for path in (tmp_path / "state").glob("cloud.db*"):
         path.unlink()
     engine = open_database(tmp_path / "state" / "cloud.db")
+    registry = CollectorRegistry()
     again = type(store)(
         folder=tmp_path / "state",
         engine=engine,
-        signer=open_keys(tmp_path / "state" / "keys"),
-        clock=lambda: 0.0,
-        registry=CollectorRegistry(),
+        repository=Repository(state=tmp_path / "state", clock=clock, registry=registry),
+        clock=clock,
+        registry=registry,
     )
     assert again.latest("home") is None
     assert publish(again, bundle, above=before.version).version == 2
+
+
+def test_releases_from_before_tuf_are_taken_over_once(
+    open_store: Callable[..., ReleaseStore], make_bundle: Callable[..., Path], engine: Engine
+) -> None:
+    store = open_store()
+    old = [publish(store, make_bundle("v1")), publish(store, make_bundle("v2", changed=9))]
+    before = [release.manifest.SerializeToString() for release in old]
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM manifests")
+        connection.exec_driver_sql("DELETE FROM release_blobs WHERE kind = 'manifest'")
+        connection.exec_driver_sql(
+            "CREATE TABLE releases (channel, version, student, signed, created_ms, withdrawn, "
+            "full_bytes, delta_bytes)"
+        )
+        for release, data in zip(old, before, strict=True):
+            size = len(data)
+            assert 128 <= size < 128 * 128  # two bytes of a varint
+            varint = bytes([0x80 | size & 0x7F, size >> 7])
+            connection.exec_driver_sql(
+                "INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *("home", release.version, release.student),
+                    *(b"\x0a" + varint + data + b"\x12\x02\x0a\x00", release.created_ms),
+                    *(release.version == 1, release.full_bytes, release.delta_bytes),
+                ),
+            )
+        connection.exec_driver_sql(
+            "INSERT INTO releases VALUES ('home', 3, '', x'0a7f00', 0, 0, 0, 0)"  # damaged
+        )
+    for _ in range(2):
+        store = open_store()
+        assert store.latest("home") == old[1]
+        assert [store.release("home", n).manifest.SerializeToString() for n in (1, 2)] == before
+        assert store.release("home", 1).withdrawn
+        assert store.find("home", 3) is None
+    assert publish(store, make_bundle("v3", changed=20)).version == 3

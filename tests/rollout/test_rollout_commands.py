@@ -42,7 +42,8 @@ class Cloud:
             for version, student in ((1, OLD), (2, NEW)):
                 session.add(
                     ReleaseRow(
-                        channel="home", version=version, student=student, signed=b"", created_ms=0,
+                        channel="home", version=version, student=student, manifest="",
+                        manifest_bytes=0, way_back="", way_back_bytes=0, created_ms=0,
                         withdrawn=False, full_bytes=0, delta_bytes=0,
                     )
                 )  # fmt: skip

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import time
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge.student.bundle import digest
-from edge.update import trust
 from edge.update.slots import Entry
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from protos.v1 import release_pb2
-    from tests.update.update_simulator import KEY, WEIGHTS, Agent, World, raising
+    from tests.update.update_repository import DAY_S, TufRepository
+    from tests.update.update_simulator import CHANNEL, NOW, WEIGHTS, Agent, World, raising
 else:
-    from update_simulator import KEY, WEIGHTS, Agent, World, raising
+    from update_repository import DAY_S, TufRepository
+    from update_simulator import CHANNEL, NOW, WEIGHTS, Agent, World, raising
 
 
 @pytest.fixture
@@ -122,36 +123,88 @@ def test_a_release_with_the_same_student_only_moves_the_version(world: World) ->
     assert (agent.wiped, world.cloud.reads) == (["demonstration-1"], [])
 
 
-def test_a_manifest_by_another_key_is_refused(world: World) -> None:
-    stranger = Ed25519PrivateKey.from_private_bytes(b"s" * 32)
-    world.cloud.publish(1, world.bundles[1], key=stranger)
+def test_a_manifest_by_other_keys_is_refused(world: World) -> None:
+    ours, world.cloud.repository = world.cloud.repository, TufRepository(NOW, seed="strangers")
+    world.publish(1)
     agent = world.agent()
     agent.update()
     assert agent.check() == Entry(world.digests[0], 0)
-    assert "trusted key" in world.cloud.reports[-1].detail
+    assert "timestamp was signed by 0/1 keys" in world.cloud.reports[-1].detail
+    assert "--trust" in world.cloud.reports[-1].detail
     agent.update()
     assert world.cloud.told == ["fetching", "failed"]
+    world.cloud.repository = ours
     world.publish(2)
     agent.update()
     assert agent.check() == Entry(world.digests[2], 2)
 
 
-def test_an_expired_manifest_is_refused(world: World) -> None:
-    world.publish(1, change=lambda m: setattr(m, "expires_ms", 1))
+def test_metadata_that_looks_expired_is_waited_for_and_the_old_student_serves(
+    world: World,
+) -> None:
+    world.publish(1)
     agent = world.agent()
+    world.cloud.skew = 10 * 365 * 86_400
+    said: list[str] = []
+
+    def look() -> None:
+        said.append(agent.client.status.detail)
+        assert agent.student.digest == world.digests[0]
+        if len(said) == 7:
+            world.cloud.skew = 0  # somebody has set the clock
+
+    world.cloud.on_metadata = look
     agent.update()
-    assert "expired" in world.cloud.reports[-1].detail
+    assert agent.check() == Entry(world.digests[1], 1)
+    assert any("this device's time: its clock is wrong" in detail for detail in said)
+    assert (agent.metric("anabranch_update_expired_total") or 0) >= 1
+    assert "failed" not in world.cloud.told
+    assert agent.client.status.detail == ""
+
+
+def test_a_device_that_hears_of_no_release_knows_until_when_it_is_not_held_back(
+    world: World,
+) -> None:
+    agent = world.agent()
+    name = "anabranch_trust_fresh_until_timestamp_seconds"
+    assert math.isnan(agent.metric(name) or 0)
+    agent.client.freshness()
+    assert agent.metric(name) == NOW + DAY_S
+    world.cloud.skew = DAY_S + 1
+    agent.client.freshness()
+    assert agent.metric(name) == NOW + DAY_S
+    assert agent.metric("anabranch_update_expired_total") == 1
+    world.cloud.online = False
+    agent.client.freshness()
+    assert agent.metric("anabranch_update_expired_total") == 1
+
+
+def test_a_release_that_is_revoked_while_it_is_fetched_is_not_served(world: World) -> None:
+    """Its key was stolen: the list that the new key signs does not have it."""
+    world.publish(1)
+    agent = world.agent()
+
+    def revoke() -> None:
+        world.cloud.on_read = lambda: None
+        del world.cloud.repository.targets.targets[f"{CHANNEL}/1"]
+        world.cloud.repository.rotate("targets", "new")
+        world.cloud.repository.publish()
+
+    world.cloud.on_read = revoke
+    world.cloud.faults.append(1)  # the line is cut, and what is fetched is asked about again
+    agent.update()
     assert agent.check() == Entry(world.digests[0], 0)
+    assert f"lists no manifest {CHANNEL}/1" in world.cloud.reports[-1].detail
 
 
 def test_an_old_manifest_for_a_new_release_is_refused(world: World) -> None:
-    world.publish(1)
+    manifest = world.publish(1)
     agent = world.agent()
     agent.update()
-    world.cloud.signed[2] = world.cloud.signed[1]
+    world.cloud.sign(2, manifest)
     world.cloud.target = 2
     agent.update()
-    assert "the manifest is of 1" in world.cloud.reports[-1].detail
+    assert "of release 2 says that it is of 1" in world.cloud.reports[-1].detail
     assert agent.check() == Entry(world.digests[1], 1)
 
 
@@ -227,7 +280,7 @@ def test_a_student_that_cannot_be_opened_fails_its_probe(world: World) -> None:
         m.student = digest(world.bundles[3])
 
     broken(manifest)
-    world.cloud.signed[1] = trust.sign_manifest(manifest.SerializeToString(), KEY)
+    world.cloud.sign(1, manifest)
     agent = world.agent()
     agent.update()
     assert world.cloud.told[-2:] == ["rolling_back", "failed"]

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import CollectorRegistry
 
 from edge import delta
 from edge.student.bundle import FILES, digest, list_files, read_harness
-from edge.update import trust
 from edge.update.client import UpdateClient
 from edge.update.slots import Entry, Slots
 from edge.update.transport import Piece
+from edge.update.trust import TufReleases
 from edge.update.work import Device
 from protos.errors import IntegrityError, InvalidInputError, UnavailableError
 from protos.harness import Harness
@@ -30,11 +29,12 @@ if TYPE_CHECKING:
 
     from edge.student.runtime import Decoding
     from protos.prompt import Message
+    from tests.update.update_repository import TufRepository
+else:
+    from update_repository import TufRepository
 
 CHANNEL, DEVICE = "home", "kitchen-1"
 NOW = 1_800_000_000.0
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-KEYS = {trust.key_id(KEY.public_key()): KEY.public_key()}
 WEIGHTS = 6000
 PROMPT = "lamp on"
 
@@ -109,14 +109,19 @@ class Cloud:
     """
 
     target: int = 0
-    signed: dict[int, bytes] = field(default_factory=dict)
+    repository: TufRepository = field(default_factory=lambda: TufRepository(NOW))
     blobs: dict[str, bytes] = field(default_factory=dict)
     reports: list[fleet_pb2.UpdateReport] = field(default_factory=list)
     faults: deque[int | Callable[[list[Piece]], list[Piece]]] = field(default_factory=deque)
     reads: list[tuple[str, int]] = field(default_factory=list)
     on_read: Callable[[], object] = lambda: None
+    on_metadata: Callable[[], object] = lambda: None
+    skew: float = 0.0  # seconds that the device's clock is fast
     online: bool = True
     piece: int = 400
+
+    def __post_init__(self) -> None:
+        self.trusted_root = self.repository.trusted_root  # devices shipped with it
 
     def publish(
         self,
@@ -125,7 +130,6 @@ class Cloud:
         *,
         bases: Sequence[Path] = (),
         change: Callable[[release_pb2.Manifest], None] = lambda _: None,
-        key: Ed25519PrivateKey = KEY,
     ) -> release_pb2.Manifest:
         """Make and sign a release of a bundle, with deltas from other bundles."""
         files = list_files(bundle)
@@ -154,24 +158,35 @@ class Cloud:
                 size=info.size,
             )
         change(manifest)
-        self.signed[version] = trust.sign_manifest(manifest.SerializeToString(), key)
+        self.sign(version, manifest)
         self.target = version
         return manifest
+
+    def sign(self, version: int, manifest: release_pb2.Manifest) -> None:
+        """Have the signed metadata list a manifest as the one of a release."""
+        self.repository.add(f"{CHANNEL}/{version}", manifest.SerializeToString())
+        self.repository.publish()
 
     def watch(self, *, student: str, release: int) -> Iterator[int]:
         del student, release
         self._reach()
         yield self.target
 
-    def get_manifest(self, release: int) -> bytes:
+    def read_metadata(self, name: str) -> Iterator[Piece]:
         self._reach()
-        if release not in self.signed:
-            msg = f"no release {release}"
+        self.on_metadata()
+        data = self.repository.files.get(name)
+        if data is None:
+            msg = f"no metadata {name}"
             raise InvalidInputError(msg)
-        return self.signed[release]
+        yield Piece(0, data, len(data))
 
     def read(self, sha256: str, offset: int) -> Iterator[Piece]:
         self._reach()
+        if sha256 in self.repository.blobs:
+            manifest = self.repository.blobs[sha256]
+            yield Piece(0, manifest, len(manifest))
+            return
         self.reads.append((sha256, offset))
         if sha256 not in self.blobs:
             msg = f"no file {sha256}"
@@ -246,7 +261,13 @@ class Agent:
                 monotonic=self.monotonic,
             ),
             transport=cloud,
-            trusted=trust.PinnedKeys(keys=KEYS, channel=CHANNEL),
+            trusted=TufReleases(
+                root=cloud.trusted_root,
+                folder=state / "trust",
+                channel=CHANNEL,
+                transport=cloud,
+                clock=lambda: NOW + cloud.skew,
+            ),
             clock=lambda: NOW,
             random=random.Random(0),
             registry=self.registry,
