@@ -10,6 +10,7 @@ import typer
 
 from cloud.cli_trust import keys_app, release_app
 from cloud.device_cli import device_app
+from cloud.rollout_cli import add_device_commands, rollout_app
 from protos.errors import AnabranchError, InvalidInputError
 
 app = typer.Typer(
@@ -33,6 +34,8 @@ Across a network they speak TLS (`--tls-name`, `anabranch device`).
 )
 student_app = typer.Typer(no_args_is_help=True, help="Bring models in.")
 app.add_typer(student_app, name="student")
+app.add_typer(rollout_app, name="rollout")
+add_device_commands(device_app)
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
 app.add_typer(device_app, name="device")
@@ -152,6 +155,10 @@ def cloud(
         float, typer.Option(min=0.1, help="MiB of evidence that a device may give a day.")
     ] = 64,
     insecure: Insecure = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
+    ] = None,
     timestamp_hours: Annotated[
         float, typer.Option(min=0.1, help="A held back device notices after as long.")
     ] = 24,
@@ -169,6 +176,7 @@ def cloud(
     from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
     from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
+    from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
@@ -197,6 +205,7 @@ def cloud(
             if tls_name
             else None,
             insecure=insecure,
+            plan=read_plan(plan) if plan else Plan(),
             lifetimes=Lifetimes(
                 targets=targets_days * 86_400,
                 snapshot=7 * timestamp_hours * 3600,
