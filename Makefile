@@ -11,7 +11,7 @@ PEERS := build/bench/student-venv/.ready
 OFFLINE := HF_HUB_OFFLINE=1
 
 PROTOS := $(sort $(wildcard protos/v1/*.proto))
-SERVICES := protos/v1/fleet.proto
+SERVICES := protos/v1/fleet.proto protos/v1/identity.proto
 PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 
 .DEFAULT_GOAL := help

@@ -7,6 +7,7 @@ State folder::
     STATE/cloud.sqlite     evidence, releases, rollouts
     STATE/keys/            private keys that sign releases here
     STATE/tuf/             signed metadata; root.json for devices; what is to be signed elsewhere
+    STATE/identity/        the certificate authority, and ca.pem for devices
     STATE/blobs/ bundles/  released files by content
     STATE/jobs/            adaptations
 """
@@ -30,9 +31,12 @@ from cloud import db
 from cloud.curator import Curator, CuratorConfig
 from cloud.evidence.ingest import Ingest
 from cloud.evidence.metrics import IngestMetrics
+from cloud.evidence.quota import EvidenceLimits
 from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService, serve
 from cloud.guarding import Guarding
+from cloud.identity.security import Security, TlsConfig
+from cloud.identity.service import serve_enrolment
 from cloud.jobs import Jobs
 from cloud.releases.metadata import Lifetimes
 from cloud.releases.repository import Repository
@@ -41,7 +45,7 @@ from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
 from cloud.students.importer import open_imported
 from edge.delta.files import write_atomic
-from edge.link.address import parse_address
+from edge.link.address import check_plain, parse_address
 from edge.process import listen_address, locked, log_to_stderr, metrics_server
 from protos.errors import AnabranchError
 from protos.topics import check_name
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grpc import aio
+    from sqlalchemy import Engine
 
 log = logging.getLogger("anabranch.cloud")
 
@@ -72,6 +77,9 @@ class CloudConfig:
         metrics: where Prometheus finds ``/metrics``; port 0 takes a free one.
         curator: when and how to adapt.
         plan: how careful rollouts are.
+        evidence: what one device may give.
+        tls: how it is reached with TLS; None: without, on this machine alone.
+        insecure: go without TLS across a network.
         lifetimes: how long signed metadata lasts.
     """
 
@@ -83,6 +91,9 @@ class CloudConfig:
     metrics: str = "127.0.0.1:9108"
     curator: CuratorConfig = field(default_factory=CuratorConfig)
     plan: Plan = field(default_factory=Plan)
+    evidence: EvidenceLimits = field(default_factory=EvidenceLimits)
+    tls: TlsConfig | None = None
+    insecure: bool = False
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
 
     def __post_init__(self) -> None:
@@ -91,6 +102,10 @@ class CloudConfig:
         parse_address(self.broker)
         for address in (self.grpc, self.metrics):
             listen_address(address)
+        if self.tls is None and not self.insecure:
+            instead = "--tls-name"
+            check_plain(listen_address(self.grpc).host, "the fleet service", instead=instead)
+            check_plain(parse_address(self.broker).host, "the broker", instead=instead)
 
 
 def run(config: CloudConfig) -> None:
@@ -143,19 +158,38 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         guarding = Guarding(
             channel=config.channel, evidence=evidence, driver=driver, clock=time.time
         )
+        security = _security(config, engine, registry)
+        if security is not None:
+            await asyncio.to_thread(security.look)
         ingest = Ingest(
             address=parse_address(config.broker),
             store=evidence,
             metrics=IngestMetrics(registry, channels=[config.channel]),
             random=random.SystemRandom(),
             channel=config.channel,
+            check_sender=security.keeper.check_name if security else None,
+            limits=config.evidence,
+            tls=security.broker_context if security else None,
         )
         await asyncio.to_thread(curator.begin)
         ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop)
-        service = FleetService(store=releases, driver=driver, registry=registry)
-        server, port = await serve(service, listen=config.grpc)
+        service = FleetService(
+            store=releases,
+            driver=driver,
+            registry=registry,
+            access=security.access if security else None,
+        )
+        server, port = await serve(
+            service,
+            listen=config.grpc,
+            credentials=security.server.credentials(mutual=True) if security else None,
+            also=[security.serve_renewal] if security else [],
+        )
         stack.push_async_callback(_stop_serving, server, service)
+        enrolment = None
+        if security is not None and config.tls is not None:
+            enrolment = await _enrol(config.tls.enrolment, security, stack)
         host = config.grpc.rpartition(":")[0]
         metrics = stack.enter_context(metrics_server(config.metrics, registry))
         note = {
@@ -163,6 +197,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             "pid": os.getpid(),
             "channel": config.channel,
             "grpc": f"{host}:{port}",
+            "enrolment": enrolment,
             "metrics": f"http://{metrics}/metrics",
         }
         write_atomic(config.state / "cloud.json", json.dumps(note, indent=1).encode() + b"\n")
@@ -170,6 +205,37 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
         await _tick_until_stopped(releases.sync, driver.tick, guarding.tick, curator.tick)
         log.info("stopping")
+
+
+def _security(config: CloudConfig, engine: Engine, registry: CollectorRegistry) -> Security | None:
+    if config.tls is None:
+        log.warning(
+            "without TLS: messages are not encrypted, and devices are believed who they say they "
+            "are. Good for one machine or a network of yours alone; --tls-name ends it"
+        )
+        return None
+    return Security(
+        state=config.state, config=config.tls, engine=engine, clock=time.time, registry=registry
+    )
+
+
+async def _enrol(listen: str, security: Security, stack: contextlib.AsyncExitStack) -> str:
+    """Enrol devices, and keep looking at who was revoked; gives the address."""
+    server, port = await serve_enrolment(
+        security.enrolment, listen=listen, credentials=security.server.credentials(mutual=False)
+    )
+    stack.push_async_callback(server.stop, _FINISH_S)
+    looking = asyncio.create_task(security.keep_looking())
+    stack.push_async_callback(_cancel, looking)
+    address = f"{listen.rpartition(':')[0]}:{port}"
+    log.info("devices enrol at %s", address)
+    return address
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 async def _stop_serving(server: aio.Server, service: FleetService) -> None:

@@ -10,6 +10,8 @@ State folder::
     STATE/trust/          signed metadata that was believed last
     STATE/outbox.sqlite   evidence that the cloud has not stored yet
     STATE/memory.sqlite   working memory
+
+Its identity is a folder of its own (``edge/identity/files.py``).
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ from edge.api.service import Assistant, Identity
 from edge.delta.files import write_atomic
 from edge.drift.monitor import DriftConfig, DriftMonitor
 from edge.host import Servable, StudentHost
-from edge.link.address import Address, parse_address
+from edge.identity.held import held_identity, renewed_identity
+from edge.identity.renew import channel_credentials
+from edge.identity.tls import client_context
+from edge.link.address import Address, check_plain, parse_address
 from edge.link.metrics import LinkMetrics
 from edge.link.outbox import Outbox
 from edge.link.uplink import InService, Uplink
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from edge.identity.files import Identity as Certified
     from edge.update.slots import Entry
     from protos.v1 import release_pb2
 
@@ -97,6 +103,8 @@ class AgentConfig:
         expected_corrections: share of answers that people correct when all is well.
         memory_limit: resident bytes that a second student beside the first may not pass; 0 leaves
             it to what system and service manager allow.
+        identity: folder of its key and certificate; None: without TLS, on this machine alone.
+        insecure: go without TLS across a network.
     """
 
     state: Path
@@ -111,6 +119,8 @@ class AgentConfig:
     threads: int = 2
     expected_corrections: float = DriftConfig.expected_corrections
     memory_limit: int = 0
+    identity: Path | None = None
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is touched."""
@@ -120,6 +130,9 @@ class AgentConfig:
             parse_address(address)
         for address in (self.listen, self.metrics):
             listen_address(address)
+        if self.identity is None and not self.insecure:
+            for what, address in (("the broker", self.broker), ("the cloud", self.cloud)):
+                check_plain(parse_address(address).host, what, instead="--identity")
         if self.threads < 1:
             msg = f"threads is {self.threads}; it must be at least 1"
             raise InvalidInputError(msg)
@@ -141,7 +154,7 @@ def run(config: AgentConfig, *, open_student: Callable[[Path], Served] | None = 
     """
     log_to_stderr()
     opener = open_student or partial(_open, threads=config.threads)
-    with locked(config.state):
+    with locked(config.state), held_identity(config.identity, device=config.device) as identity:
         root = trust.load_root(config.trust)
         slots = Slots(config.state / "slots")
         student, serving = slots.start(bundle=config.student, open_student=opener)
@@ -153,6 +166,7 @@ def run(config: AgentConfig, *, open_student: Callable[[Path], Served] | None = 
                 opener,
                 student,
                 serving,
+                identity,
             )
         )
 
@@ -185,6 +199,7 @@ async def _serve(
     open_student: Callable[[Path], Served],
     student: Served,
     serving: Entry,
+    identity: Certified | None,
 ) -> None:
     """Everything that runs, from the start of its parts to their end in the opposite order."""
     loop = asyncio.get_running_loop()
@@ -212,6 +227,9 @@ async def _serve(
             metrics=LinkMetrics(registry),
             clock=time.time,
             random=randomness,
+            tls=None
+            if identity is None
+            else partial(client_context, pair=identity.file, authorities=identity.authorities),
         )
         stack.push_async_callback(asyncio.to_thread, uplink.stop)
         assistant = Assistant(
@@ -248,6 +266,7 @@ async def _serve(
             address=str(parse_address(config.cloud)),
             channel=config.channel,
             device=config.device,
+            credentials=None if identity is None else channel_credentials(identity),
         )
         updates = UpdateClient(
             state=config.state,
@@ -256,6 +275,7 @@ async def _serve(
             device=Device(
                 open_student=open_student,
                 swap=lambda new: asyncio.run_coroutine_threadsafe(exchange(new), loop).result(),
+                reopen=partial(slots.start, bundle=config.student, open_student=open_student),
                 on_commit=on_commit,
                 has_room=partial(has_room, limit=config.memory_limit),
                 unload=lambda: asyncio.run_coroutine_threadsafe(host.unload(), loop).result(),
@@ -273,6 +293,11 @@ async def _serve(
             registry=registry,
         )
         stack.push_async_callback(asyncio.to_thread, updates.stop)
+        stack.enter_context(
+            renewed_identity(
+                identity, cloud=config.cloud, fleet=transport, broker=uplink, registry=registry
+            )
+        )
         metrics.watch_memory(lambda: memory.size)
         metrics.watch_student(in_service)
 
@@ -282,6 +307,7 @@ async def _serve(
                 "release": now.serving.release,
                 "update": {k: v for k, v in asdict(now).items() if k != "serving"},
                 "broker_connected": uplink.connected,
+                "evidence_held": uplink.held,
             }
 
         listener = stack.enter_context(listening(config.listen))

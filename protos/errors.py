@@ -43,6 +43,18 @@ class UnavailableError(AnabranchError):
     """The other side cannot be reached now: retry later."""
 
 
+class RefusedError(AnabranchError):
+    """It is known who asks, and that is not allowed: somebody must change that first."""
+
+
+class QuotaError(UnavailableError):
+    """More was asked than one device may have: retry after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class ExpiredError(UnavailableError):
     """Signed metadata is past its expiry by the clock here: set the clock right, or retry later."""
 

@@ -18,7 +18,11 @@ Options = tuple[tuple[str, int], ...]
 PING_EVERY_MS: Final = 60_000
 """Either end pings after this long without a word."""
 PING_TIMEOUT_MS: Final = 20_000
-"""A ping without an answer for this long ends the connection."""
+"""A ping without an answer for this long ends the connection.
+
+Set twice: in gRPC 1.85 only ``ping_timeout`` ends one, a minute by default, be it of keepalive or
+to measure the line while data comes in (seen with its traces ``http2_ping``, ``http_keepalive``).
+"""
 PING_ALLOWED_EVERY_MS: Final = 30_000
 """The server hangs up on a device that pings more often; half of what a device does, for slack."""
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
@@ -31,6 +35,7 @@ MAX_READ_BYTES: Final = 16 * 1024 * 1024
 SERVER: Final[Options] = (
     ("grpc.keepalive_time_ms", PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", PING_ALLOWED_EVERY_MS),
     # 0: ping for as long as a stream is silent, not only twice.
@@ -41,9 +46,16 @@ SERVER: Final[Options] = (
     ("grpc.so_reuseport", 0),
 )
 
+SERVER_OF_ONE: Final[Options] = (
+    # A connection with a certificate is one device's: a watch, some reads, a report.
+    ("grpc.max_concurrent_streams", 16),
+)
+"""More of a server that knows one device behind each connection."""
+
 CLIENT: Final[Options] = (
     ("grpc.keepalive_time_ms", PING_EVERY_MS),
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
     # A device without an open call has its watch stream to open again: nothing to keep alive.
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),

@@ -55,8 +55,8 @@ def broker(tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int
     embedded.stop()
 
 
-def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
-    """A Hugging Face folder with a random two-layer Llama and a byte-level tokenizer."""
+def make_tiny_folder(folder: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2) -> Path:
+    """A Hugging Face folder with a random small Llama and a byte-level tokenizer."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,9 +71,9 @@ def make_tiny_folder(folder: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(  # type: ignore[no-untyped-call]
         vocab_size=288,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

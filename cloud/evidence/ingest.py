@@ -10,20 +10,23 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from cloud.evidence.messages import DeviceMessage, Reason, Refused, read
+from cloud.evidence.messages import DeviceMessage, Reason, Refused, peek_id, read
+from cloud.evidence.quota import EvidenceLimits, EvidenceQuota, Sender
 from cloud.evidence.store import EvidenceStore, Outcome, Receipt
 from edge.link.mqtt import Message, MqttLink
 from protos import topics
-from protos.errors import InvalidInputError, StorageError
+from protos.errors import InvalidInputError, RefusedError, StorageError
 from protos.topics import Topic
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from random import Random
+    from ssl import SSLContext
 
     from cloud.evidence.metrics import IngestMetrics
     from edge.link.address import Address
@@ -33,12 +36,14 @@ _QUEUE = 1024  # messages of at most 64 KiB: larger ones are refused before
 _BATCH = 256
 _STOP_POLL_S = 0.2
 _DISK_PAUSE_S = 1.0
+_IDENTITY_RETRY_S = 600.0  # somebody must enrol the device first
 _DRIFT_KINDS = {
     device_pb2.DRIFT_KIND_INPUT: "input",
     device_pb2.DRIFT_KIND_CONCEPT: "concept",
     device_pb2.DRIFT_KIND_BOTH: "both",
 }
 _Arrival = tuple[Topic, DeviceMessage | Refused]
+Evidence = TypeVar("Evidence", device_pb2.Demonstration, device_pb2.DriftReport)
 
 
 class Ingest:
@@ -51,6 +56,11 @@ class Ingest:
         random: for the client's name and the jitter of retries.
         channel: whose evidence is taken; another cloud on the same broker takes another's, and
             what nobody stores must not be acknowledged. "+" takes every channel's.
+        check_sender: raises RefusedError for a channel and device whose messages are not taken. The
+            broker's access list makes sure that the topic says who sent a message.
+        limits: what one device may give.
+        tls: see :class:`~edge.link.mqtt.MqttLink`.
+        monotonic: seconds of a clock that only goes on.
     """
 
     def __init__(
@@ -61,13 +71,20 @@ class Ingest:
         metrics: IngestMetrics,
         random: Random,
         channel: str = "+",
+        check_sender: Callable[[str, str], None] | None = None,
+        limits: EvidenceLimits | None = None,
+        tls: Callable[[], SSLContext] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._check_sender = check_sender
+        self._quota = EvidenceQuota(limits or EvidenceLimits())
+        self._monotonic = monotonic
         self._metrics = metrics
         self._queue: queue.Queue[_Arrival] = queue.Queue(_QUEUE)
         self._stop = threading.Event()
         self._link = _Receiver(
-            address=address, channel=channel, receive=self._receive, random=random
+            address=address, channel=channel, receive=self._receive, random=random, tls=tls
         )
         self._writer = threading.Thread(target=self._write, name="evidence-writer", daemon=True)
         metrics.watch_devices(lambda channel: sum(d.online for d in store.devices(channel)))
@@ -102,7 +119,7 @@ class Ingest:
             self._metrics.refused(None, Reason.WRONG_TOPIC)
             _LOG.warning("refused %d bytes: %.200s", size, error)
             return
-        what = read(topic, message.payload)
+        what = self._stranger(topic, message.payload) or read(topic, message.payload)
         if isinstance(what, Refused):
             self._refuse(topic, what.reason, size, what.detail)
             if what.id is None:
@@ -111,6 +128,17 @@ class Ingest:
             self._queue.put_nowait((topic, what))
         except queue.Full:
             self._metrics.refused(topic.channel, Reason.OVERLOADED)
+
+    def _stranger(self, topic: Topic, payload: bytes) -> Refused | None:
+        """Why nothing is taken from this device, if so; it keeps what it has."""
+        if self._check_sender is None:
+            return None
+        try:
+            self._check_sender(topic.channel, topic.device)
+        except RefusedError as error:
+            told = peek_id(payload)
+            return Refused(Reason.IDENTITY, str(error), told, _IDENTITY_RETRY_S)
+        return None
 
     def _refuse(self, topic: Topic, reason: Reason, size: int, detail: str) -> None:
         self._metrics.refused(topic.channel, reason)
@@ -157,7 +185,7 @@ class Ingest:
         for topic, what in batch:
             match what:
                 case Refused():
-                    answers[topic].append(Receipt(what.id or "", Outcome.REJECTED, what.detail))
+                    answers[topic].append(_receipt(what))
                 case device_pb2.Birth():
                     self._store.birth(what)
                 case device_pb2.Death():
@@ -166,17 +194,48 @@ class Ingest:
                     demonstrations.append((topic, what))
                 case device_pb2.DriftReport():
                     reports.append((topic, what))
-        self._store_demonstrations(demonstrations, answers)
-        self._store_reports(reports, answers)
+        self._store_demonstrations(self._within_quota(demonstrations, answers), answers)
+        self._store_reports(self._within_quota(reports, answers), answers)
         if answers:
             self._link.acknowledge([_ack(topic, r) for topic, r in answers.items()])
+
+    def _within_quota(
+        self, arrived: Sequence[tuple[Topic, Evidence]], answers: dict[Topic, list[Receipt]]
+    ) -> list[tuple[Topic, Evidence]]:
+        """What is in the quota of its device; the others are answered."""
+        taken = []
+        for topic, message in arrived:
+            size, now = message.ByteSize(), self._monotonic()
+            refused = self._quota.take(_sender(topic), message.id, size, now=now)
+            if refused is None:
+                taken.append((topic, message))
+            else:
+                self._metrics.refused(topic.channel, refused.reason)
+                answers[topic].append(_receipt(refused))
+        return taken
+
+    def _add(
+        self,
+        arrived: Sequence[tuple[Topic, Evidence]],
+        add: Callable[[Sequence[Evidence]], list[Receipt]],
+    ) -> list[Receipt]:
+        """Store messages; what did not become new evidence costs no quota."""
+        receipts: list[Receipt] = []
+        try:
+            receipts = add([message for _, message in arrived])
+        finally:
+            now = self._monotonic()
+            for number, (topic, message) in enumerate(arrived):
+                if not receipts or receipts[number].outcome is not Outcome.NEW:
+                    self._quota.give_back(_sender(topic), message.ByteSize(), now=now)
+        return receipts
 
     def _store_demonstrations(
         self,
         arrived: Sequence[tuple[Topic, device_pb2.Demonstration]],
         answers: dict[Topic, list[Receipt]],
     ) -> None:
-        receipts = self._store.add([demonstration for _, demonstration in arrived])
+        receipts = self._add(arrived, self._store.add)
         for (topic, _), receipt in zip(arrived, receipts, strict=True):
             answers[topic].append(receipt)
             label = self._metrics.label(topic.channel)
@@ -192,7 +251,7 @@ class Ingest:
         arrived: Sequence[tuple[Topic, device_pb2.DriftReport]],
         answers: dict[Topic, list[Receipt]],
     ) -> None:
-        receipts = self._store.add_drift([report for _, report in arrived])
+        receipts = self._add(arrived, self._store.add_drift)
         for (topic, report), receipt in zip(arrived, receipts, strict=True):
             answers[topic].append(receipt)
             if receipt.outcome is Outcome.NEW:
@@ -204,6 +263,16 @@ class Ingest:
     def _reject(self, topic: Topic, receipt: Receipt) -> None:
         self._metrics.refused(topic.channel, Reason.INVALID)
         _LOG.warning("rejected a message on %s: %s", topics.topic(*topic), receipt.reason)
+
+
+def _sender(topic: Topic) -> Sender:
+    return Sender(topic.channel, topic.device)
+
+
+def _receipt(refused: Refused) -> Receipt:
+    """As the device is told that a message was not taken."""
+    outcome = Outcome.LATER if refused.retry_after_s else Outcome.REJECTED
+    return Receipt(refused.id or "", outcome, refused.detail, refused.retry_after_s)
 
 
 def _ack(topic: Topic, receipts: Sequence[Receipt]) -> Message:
@@ -222,6 +291,7 @@ class _Receiver(MqttLink):
         channel: str,
         receive: Callable[[Message], None],
         random: Random,
+        tls: Callable[[], SSLContext] | None,
     ) -> None:
         self._receive = receive
         self._acks: deque[Message] = deque()
@@ -231,6 +301,7 @@ class _Receiver(MqttLink):
             client_id=f"anabranch-cloud-{random.getrandbits(64):016x}",
             subscriptions=[f"{topics.ROOT}/{channel}/+/{kind}" for kind in topics.UP],
             random=random,
+            tls=tls,
         )
 
     def acknowledge(self, acks: Sequence[Message]) -> None:

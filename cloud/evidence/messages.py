@@ -49,6 +49,8 @@ class Reason(StrEnum):
     INVALID = "invalid"
     OVERLOADED = "overloaded"  # not rejected for good: the device sends it again
     STORAGE = "storage"  # likewise
+    QUOTA = "quota"  # likewise, and the device is told when
+    IDENTITY = "identity"  # likewise: the device has no certificate in force, or another channel
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Refused:
         reason: for the metric.
         detail: for the log and the device.
         id: of the evidence, where it can be read.
+        retry_after_s: when it may be taken all the same; 0: never.
     """
 
     reason: Reason
     detail: str
     id: str | None = None
+    retry_after_s: float = 0.0
 
 
 def read(topic: topics.Topic, payload: bytes) -> DeviceMessage | Refused:

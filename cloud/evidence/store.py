@@ -131,28 +131,45 @@ class Alarm:
 
 
 class Outcome(StrEnum):
-    """What became of evidence that was given to the store."""
+    """What became of evidence."""
 
     NEW = "new"
     DUPLICATE = "duplicate"
     REJECTED = "rejected"
+    LATER = "later"
+
+
+_STATUSES = {
+    Outcome.NEW: device_pb2.ACK_STATUS_STORED,
+    Outcome.DUPLICATE: device_pb2.ACK_STATUS_STORED,  # it is stored as well
+    Outcome.REJECTED: device_pb2.ACK_STATUS_REJECTED,
+    Outcome.LATER: device_pb2.ACK_STATUS_LATER,
+}
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """The store's answer for one message; ``reason`` says why it was rejected."""
+    """The answer for one message.
+
+    Attributes:
+        id: the message's.
+        outcome: what became of it.
+        reason: why it was not stored.
+        retry_after_s: with LATER, when to send it again.
+    """
 
     id: str
     outcome: Outcome
     reason: str = ""
+    retry_after_s: float = 0.0
 
     def ack(self) -> device_pb2.AckItem:
-        """As a device is told: a duplicate is stored as well."""
-        rejected = self.outcome is Outcome.REJECTED
+        """As a device is told."""
         return device_pb2.AckItem(
             id=self.id,
-            status=device_pb2.ACK_STATUS_REJECTED if rejected else device_pb2.ACK_STATUS_STORED,
+            status=_STATUSES[self.outcome],
             reason=self.reason,
+            retry_after_ms=int(self.retry_after_s * 1000),
         )
 
 

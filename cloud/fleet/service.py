@@ -18,26 +18,30 @@ from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Gauge
 
+from cloud.fleet.access import Anybody
 from cloud.releases.blobs import check_sha256
 from cloud.rollout.events import Outcome, Report
 from protos.errors import (
     AnabranchError,
     IntegrityError,
     InvalidInputError,
+    QuotaError,
+    RefusedError,
     StorageError,
     UnavailableError,
 )
-from protos.grpc_options import MAX_CHUNK_BYTES, MAX_READ_BYTES, SERVER
+from protos.grpc_options import MAX_CHUNK_BYTES, MAX_READ_BYTES, SERVER, SERVER_OF_ONE
 from protos.topics import check_name
 from protos.v1 import fleet_pb2, fleet_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
     from typing import Any
 
     from prometheus_client import CollectorRegistry
 
+    from cloud.fleet.access import Access
     from cloud.releases.store import ReleaseStore
     from cloud.rollout.driver import RolloutDriver
 
@@ -56,6 +60,8 @@ class _UnknownChannelError(InvalidInputError):
 _CODES: tuple[tuple[type[AnabranchError], grpc.StatusCode], ...] = (
     (_UnknownChannelError, grpc.StatusCode.NOT_FOUND),
     (InvalidInputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (RefusedError, grpc.StatusCode.PERMISSION_DENIED),
+    (QuotaError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (IntegrityError, grpc.StatusCode.DATA_LOSS),
     (StorageError, grpc.StatusCode.UNAVAILABLE),
 )
@@ -82,9 +88,15 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
     """Serves releases out of the store, and tells the rollout driver what devices say."""
 
     def __init__(
-        self, *, store: ReleaseStore, driver: RolloutDriver, registry: CollectorRegistry
+        self,
+        *,
+        store: ReleaseStore,
+        driver: RolloutDriver,
+        registry: CollectorRegistry,
+        access: Access | None = None,
     ) -> None:
         self._store = store
+        self._access = access or Anybody()
         self._driver = driver
         self._leaving: set[asyncio.Task[None]] = set()
         self._present = 0
@@ -112,9 +124,10 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         context: aio.ServicerContext[fleet_pb2.WatchRequest, fleet_pb2.Target],
     ) -> AsyncIterator[fleet_pb2.Target]:
         """Send the device's target now and whenever it changes."""
-        async with _Errors(context):
-            channel = await self._known_channel(request.channel)
+        async with Errors(context):
             device = check_name(request.device, "device")
+            caller = self._access.admit(context, channel=request.channel, device=device)
+            channel = await self._known_channel(request.channel)
             check_sha256(request.student)
             changed = asyncio.Event()
             loop = asyncio.get_running_loop()
@@ -124,6 +137,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                     loop.call_soon_threadsafe(changed.set)
 
             with (
+                caller.watching(wake),
                 self._driver.woken(channel, device, wake),
                 self._streams.labels(channel).track_inprogress(),
             ):
@@ -131,6 +145,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                     sent = None
                     while True:
                         changed.clear()
+                        caller.check()
                         target = self._driver.target(channel, device)
                         if target == sent:
                             await changed.wait()
@@ -147,10 +162,12 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         context: aio.ServicerContext[fleet_pb2.ReadRequest, fleet_pb2.Chunk],
     ) -> AsyncIterator[fleet_pb2.Chunk]:
         """Send a range of a manifest, file or delta of the channel's releases, or of metadata."""
-        async with _Errors(context):
+        async with Errors(context):
             channel = check_name(request.channel, "channel")
+            caller = self._access.admit(context, channel=channel, device=None)
             if request.metadata:
                 async for chunk in self._read_metadata(request, context):
+                    caller.sent(len(chunk.data))
                     yield chunk
                 return
             sha256, offset = check_sha256(request.sha256), request.offset
@@ -162,16 +179,20 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 msg = "this release was withdrawn: wait for Watch to send a newer one"
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, msg)
             end = offset + min(request.length or MAX_READ_BYTES, MAX_READ_BYTES)
-            while True:
-                data, size = await self._piece(sha256, offset, min(MAX_CHUNK_BYTES, end - offset))
-                if offset > size:
-                    msg = f"offset {offset} is past the end of {sha256}, which has {size} bytes"
-                    await context.abort(grpc.StatusCode.OUT_OF_RANGE, msg)
-                self._served.labels(channel, kind).inc(len(data))
-                yield fleet_pb2.Chunk(offset=offset, data=data, size=size)
-                offset += len(data)
-                if offset >= min(end, size):
-                    return
+            with caller.reading():
+                while True:
+                    length = min(MAX_CHUNK_BYTES, end - offset)
+                    data, size = await self._piece(sha256, offset, length)
+                    if offset > size:
+                        msg = f"offset {offset} is past the end of {sha256}, which has {size} bytes"
+                        await context.abort(grpc.StatusCode.OUT_OF_RANGE, msg)
+                    caller.check()
+                    caller.sent(len(data))
+                    self._served.labels(channel, kind).inc(len(data))
+                    yield fleet_pb2.Chunk(offset=offset, data=data, size=size)
+                    offset += len(data)
+                    if offset >= min(end, size):
+                        return
 
     async def _read_metadata(
         self,
@@ -202,7 +223,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         context: aio.ServicerContext[fleet_pb2.UpdateReport, fleet_pb2.ReportReply],
     ) -> fleet_pb2.ReportReply:
         """Count a device's report once."""
-        async with _Errors(context):
+        async with Errors(context):
+            self._access.admit(context, channel=request.channel, device=request.device)
             channel = await self._known_channel(request.channel)
             report = _report(request)
             accepted = await self._drive(self._driver.report, channel, report)
@@ -274,7 +296,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 self._quiet.set()
 
 
-class _Errors:
+class Errors:
     """Ends a call with the status that fits an error of this project."""
 
     def __init__(self, context: aio.ServicerContext[Any, Any]) -> None:
@@ -288,7 +310,9 @@ class _Errors:
     ) -> None:
         for kind_of_error, code in _CODES:
             if isinstance(error, kind_of_error):
-                if not isinstance(error, InvalidInputError):
+                if isinstance(error, (RefusedError, QuotaError)):
+                    _log.warning("a device's call is refused: %s", error)
+                elif not isinstance(error, InvalidInputError):
                     _log.error("a device's call ends with %s: %s", code.name, error)
                 await self._context.abort(code, str(error))
 
@@ -311,7 +335,13 @@ def _report(request: fleet_pb2.UpdateReport) -> Report:
     )
 
 
-async def serve(service: FleetService, *, listen: str) -> tuple[aio.Server, int]:
+async def serve(
+    service: FleetService,
+    *,
+    listen: str,
+    credentials: grpc.ServerCredentials | None = None,
+    also: Sequence[Callable[[aio.Server], None]] = (),
+) -> tuple[aio.Server, int]:
     """Start to serve on ``host:port``; port 0 takes a free one.
 
     Health is served beside it (``grpc.health.v1``): for the whole server, and for the service by
@@ -320,21 +350,41 @@ async def serve(service: FleetService, *, listen: str) -> tuple[aio.Server, int]
     Stop it with ``await server.stop(grace)`` and then ``await service.drain()``. Watch streams do
     not end by themselves: a grace longer than running reads need is waited out in vain.
 
+    Args:
+        service: the fleet service.
+        listen: ``host:port``.
+        credentials: of a server with TLS; None serves without.
+        also: add more services to the server.
+
     Returns:
         The running server and its port.
 
     Raises:
         UnavailableError: the address cannot be bound.
     """
-    server = aio.server(options=SERVER)
+    bounded = () if credentials is None else SERVER_OF_ONE
+    server = aio.server(options=(*SERVER, *bounded))
     fleet_pb2_grpc.add_FleetServicer_to_server(service, server)
     checks = health.aio.HealthServicer()
     await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    for add in also:
+        add(server)
+    port = bind(server, listen, credentials)
+    await server.start()
+    return server, port
+
+
+def bind(server: aio.Server, listen: str, credentials: grpc.ServerCredentials | None) -> int:
+    """Have a server listen on ``host:port``; gives the port.
+
+    Raises:
+        UnavailableError: the address cannot be bound.
+    """
     try:
-        port = server.add_insecure_port(listen)
+        if credentials is None:
+            return server.add_insecure_port(listen)
+        return server.add_secure_port(listen, credentials)
     except RuntimeError as error:
         msg = f"cannot listen on {listen} ({error}): is another cloud running, or is it no address?"
         raise UnavailableError(msg) from error
-    await server.start()
-    return server, port

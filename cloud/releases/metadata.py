@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root, Signed, TargetFile, Targets
+from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from cloud.releases.blobs import Blob
 from edge.delta.files import storage_errors
@@ -31,7 +31,7 @@ ROLES = (*OFFLINE, *ONLINE)
 _DAY_S = 86_400.0
 _SHA256 = "sha256"
 
-SignedT = TypeVar("SignedT", bound=Signed)
+SignedT = TypeVar("SignedT", Root, Timestamp, Snapshot, Targets)
 
 
 @dataclass(frozen=True, kw_only=True)

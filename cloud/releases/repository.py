@@ -154,9 +154,10 @@ class Repository:
                 root = self._propose_root(now)
                 targets = self._propose_targets(wanted, root or self._root, now)
                 roots = [r.signed for r in (self._root, root) if r is not None]
-                for role, metadata in ((ROOT, root), (TARGETS, targets)):
-                    if metadata is not None:
-                        sign(metadata, role, signers.values(), roots=roots)
+                if root is not None:
+                    sign(root, ROOT, signers.values(), roots=roots)
+                if targets is not None:
+                    sign(targets, TARGETS, signers.values(), roots=roots)
                 # What people signed may be older than what is wanted by now: then once more.
                 if not self._publish(root, targets, now, signers.keys()):
                     break

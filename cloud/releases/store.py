@@ -151,8 +151,7 @@ class ReleaseStore:
             InvalidInputError: the name, a base or the bundle is not right, or the manifest is
                 bigger than a device accepts.
             IntegrityError: a file of the bundle is missing.
-            StorageError: the disk is full or failed. The release may exist all the same and be
-                signed by a later :meth:`sync`.
+            StorageError: the disk is full or failed; a later :meth:`sync` may sign it all the same.
         """
         check_name(channel, "channel")
         with self._lock:
@@ -334,7 +333,7 @@ class ReleaseStore:
             full_bytes=sum(f.size for f in manifest.files),
             delta_bytes=self._bytes_to_fetch(earlier[:1], manifest),
         )
-        kinds = {}
+        kinds: dict[str, str] = {}
         for each in (m for m in (way_back, manifest) if m is not None):
             kinds |= dict.fromkeys((d.sha256 for d in each.deltas), "delta")
             kinds |= dict.fromkeys((f.sha256 for f in each.files), "file")

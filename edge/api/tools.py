@@ -120,7 +120,7 @@ def _fault(schema: str) -> str | None:
     try:
         Draft202012Validator.check_schema(json.loads(schema))
     except SchemaError as error:
-        return error.message
+        return str(error.message)
     return None
 
 

@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
 """Suffix of what is not finished: whoever finds it after a crash may delete it."""
+
+KEPT_ASIDE = 5
+"""Corrupt copies of one file that are kept."""
 _BLOCK = 1 << 20
 
 
@@ -51,16 +54,30 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, so that their names survive a power loss."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fsync_folder(made.parent)
+
+
 def set_aside(path: Path, why: str) -> Path:
-    """Give a file that cannot be read another name, and log it: evidence is never overwritten.
+    """Give a file that cannot be read another name, and log it: evidence is not overwritten.
+
+    The latest :data:`KEPT_ASIDE` are kept: a disk that fails must not fill up, too.
 
     Raises:
         StorageError: it cannot be renamed.
     """
-    taken = [p.name for p in path.parent.glob(f"{path.name}.corrupt-*")]
-    aside = path.with_name(f"{path.name}.corrupt-{len(taken) + 1}")
+    prefix = f"{path.name}.corrupt-"
     with storage_errors(f"setting {path} aside"):
+        names = [p.name.removeprefix(prefix) for p in path.parent.glob(f"{prefix}*")]
+        numbers = sorted(int(n) for n in names if n.isdecimal())
+        aside = path.with_name(f"{prefix}{max(numbers, default=0) + 1}")
         path.replace(aside)
+        for number in numbers[: 1 - KEPT_ASIDE]:
+            path.with_name(f"{prefix}{number}").unlink(missing_ok=True)
     _log.error("%s is corrupt (%s): set aside as %s, going on without it", path, why, aside.name)
     return aside
 
@@ -74,8 +91,11 @@ class AtomicFile:
     Use it in a ``with`` block. Every failure of the disk is a :class:`StorageError`.
     """
 
-    def __init__(self, path: Path, *, fsync: bool = True, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, fsync: bool = True, resume: bool = False, mode: int | None = None
+    ) -> None:
         self._path = path
+        self._mode = mode
         self._fsync = fsync
         self._resume = resume
         self._temporary = path.with_name(path.name + TEMPORARY)
@@ -85,7 +105,11 @@ class AtomicFile:
     def __enter__(self) -> Self:
         with storage_errors(f"creating {self._temporary}"):
             flags = os.O_RDWR | os.O_CREAT | (0 if self._resume else os.O_TRUNC)
-            self._descriptor = os.open(self._temporary, flags, 0o644)
+            self._descriptor = os.open(
+                self._temporary, flags, 0o644 if self._mode is None else 0o600
+            )
+            if self._mode is not None:
+                os.fchmod(self._descriptor, self._mode)
             os.lseek(self._descriptor, 0, os.SEEK_END)
         return self
 
@@ -142,12 +166,17 @@ class AtomicFile:
             self._temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     """Replace ``path`` by ``data``: after a crash it holds all of the old or all of the new.
+
+    Args:
+        path: the file.
+        data: its new content.
+        mode: its permissions, from before the first byte on; None: what the umask leaves.
 
     Raises:
         StorageError: the disk is full or failed; the old content is still there.
     """
-    with AtomicFile(path) as file:
+    with AtomicFile(path, mode=mode) as file:
         file.write(data)
         file.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import NamedTuple
 
 from protos.errors import InvalidInputError
@@ -17,6 +18,39 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can be there; of a name only ``localhost`` is known.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0"), is_loopback("cloud.example.org")
+    (True, False, False)
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_plain(host: str, what: str, *, instead: str) -> None:
+    """Refuse to talk without TLS across a network.
+
+    Args:
+        host: the other end, or where we listen.
+        what: what is there, for the message.
+        instead: the options that bring TLS, for the message.
+
+    Raises:
+        InvalidInputError: the host is not this machine.
+    """
+    if not is_loopback(host):
+        msg = (
+            f"{what} at {host} would be without TLS: anybody on the way could read and pretend. "
+            f"Give {instead}; or --insecure, in a network of yours alone"
+        )
+        raise InvalidInputError(msg)
 
 
 def parse_address(text: str) -> Address:

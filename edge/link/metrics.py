@@ -20,6 +20,7 @@ class LinkMetrics:
     Attributes:
         sent: demonstrations published; one that is sent again counts again.
         acknowledged: demonstrations that the cloud has stored and that have left the outbox.
+        put_off: messages that the cloud did not take for now; they stay in the outbox.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -37,6 +38,12 @@ class LinkMetrics:
         self.acknowledged = Counter(
             "anabranch_demonstrations_acknowledged",
             "Demonstrations that the cloud has stored",
+            registry=registry,
+        )
+
+        self.put_off = Counter(
+            "anabranch_messages_put_off",
+            "Messages that the cloud did not take for now, over a quota or without a certificate",
             registry=registry,
         )
 

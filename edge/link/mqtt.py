@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import selectors
 import socket
+import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 from edge.link.policy import full_jitter
-from protos.errors import UnavailableError
+from protos.errors import AnabranchError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ class MqttLink(ABC):
         subscriptions: topic filters; the link is up when the broker has granted all of them.
         random: for the jitter of retries.
         keepalive_s: seconds; the broker publishes the will after one and a half of it in silence.
+        tls: asked at each connection for what to show and whom to believe; None: without TLS.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class MqttLink(ABC):
         subscriptions: Sequence[str],
         random: Random,
         keepalive_s: int = 30,
+        tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._address = address
+        self._tls = tls
         self._client_id = client_id
         self._subscriptions = tuple(subscriptions)
         self._random = random
@@ -81,6 +85,7 @@ class MqttLink(ABC):
         self._up = threading.Event()
         self._stop = threading.Event()
         self._stop_at = 0.0
+        self._again = threading.Event()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)  # noqa: FBT003 - the standard library's signature
         self._wake_out.setblocking(False)  # noqa: FBT003 - the standard library's signature
@@ -113,6 +118,11 @@ class MqttLink(ABC):
         """Have :meth:`work` called soon. From any thread, at any time."""
         with suppress(OSError):  # already full of wake-ups, or stopped
             self._wake_in.send(b"\0")
+
+    def reconnect(self) -> None:
+        """Make the connection anew soon, with what ``tls`` gives then. From any thread."""
+        self._again.set()
+        self.wake()
 
     def publish(self, message: Message) -> MQTTMessageInfo | None:
         """Publish at QoS 1, from a hook only; None if the connection is lost."""
@@ -151,7 +161,7 @@ class MqttLink(ABC):
             began = time.monotonic()
             try:
                 self._connection()
-            except (OSError, UnavailableError) as error:
+            except (OSError, AnabranchError) as error:
                 _LOG.warning("no connection to the broker at %s: %s", self._address, error)
             except Exception:  # noqa: BLE001 - a thread that ended here would silence the device
                 _LOG.exception("the link to %s failed; connecting again", self._address)
@@ -169,6 +179,9 @@ class MqttLink(ABC):
             reconnect_on_failure=False,
         )
         client.connect_timeout = _CONNECT_TIMEOUT_S
+        if self._tls is not None:
+            self._again.clear()
+            client.tls_set_context(self._tls())
         client.on_socket_open = lambda _c, _u, sock: _send_at_once(sock)
         will = self.on_will()
         if will is not None:
@@ -218,6 +231,9 @@ class MqttLink(ABC):
     def _serve(self, client: Client, selector: selectors.BaseSelector) -> None:
         while True:
             wait = self.work()
+            if self._again.is_set():
+                self._again.clear()
+                return
             if self._stop.is_set() and (self.finished() or time.monotonic() >= self._stop_at):
                 return
             # paho sends its pings from the pump.
@@ -261,12 +277,20 @@ class MqttLink(ABC):
             self._wake_out.recv(4096)
         if ready.get(sock, 0) & selectors.EVENT_READ:
             client.loop_read()
+            # What TLS has read ahead of us, no selector tells.
+            while _read_ahead(client):
+                client.loop_read()
         if ready.get(sock, 0) & selectors.EVENT_WRITE:
             client.loop_write()
         client.loop_misc()
 
     def _deliver(self, message: MQTTMessage) -> None:
         self.on_message(Message(message.topic, bytes(message.payload)))
+
+
+def _read_ahead(client: Client) -> bool:
+    sock = client.socket()
+    return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
 
 
 def _send_at_once(sock: object) -> None:

@@ -23,6 +23,7 @@ from protos.v1 import device_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable
     from random import Random
+    from ssl import SSLContext
 
     from edge.link.address import Address
     from edge.link.metrics import LinkMetrics
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 _BIRTH_EVERY_S = 60.0
 _DISK_RETRY_S = 5.0
+# What the cloud says when it takes no more, within reason.
+_HOLD_MIN_S = 1.0
+_HOLD_MAX_S = 3600.0
 # Enough for the policy to find others when some items never get an answer.
 _LOOKAHEAD = 2
 
@@ -56,6 +60,7 @@ class Uplink(MqttLink):
         random: for the jitter of retries.
         policy: the sender's bounds.
         keepalive_s: seconds; the broker publishes the will after one and a half of it in silence.
+        tls: see :class:`~edge.link.mqtt.MqttLink`.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Uplink(MqttLink):
         random: Random,
         policy: SendPolicy | None = None,
         keepalive_s: int = 30,
+        tls: Callable[[], SSLContext] | None = None,
     ) -> None:
         self._channel = channel
         self._device = device
@@ -90,6 +96,8 @@ class Uplink(MqttLink):
         self._answers: dict[str, device_pb2.AckItem] = {}
         self._send_at = 0.0
         self._birth_at = 0.0
+        self._held_until = 0.0
+        self._held_because = ""
         self._due = threading.Event()
         self._announce = threading.Event()
         super().__init__(
@@ -98,6 +106,7 @@ class Uplink(MqttLink):
             subscriptions=[topic(channel, device, "ack")],
             random=random,
             keepalive_s=keepalive_s,
+            tls=tls,
         )
         metrics.watch(lambda: outbox.counts(DEMONSTRATION), lambda: self._demonstrations_in_flight)
 
@@ -110,6 +119,11 @@ class Uplink(MqttLink):
         """Publish birth again soon: another student is in service. From any thread."""
         self._announce.set()
         super().wake()
+
+    @property
+    def held(self) -> str | None:
+        """Why the cloud takes nothing from this device for now; None: it does."""
+        return self._held_because if time.monotonic() < self._held_until else None
 
     def on_will(self) -> Message:
         """Death of the session that is about to begin."""
@@ -154,8 +168,8 @@ class Uplink(MqttLink):
         return max(0.0, min(self._send_at, self._birth_at) - time.monotonic())
 
     def finished(self) -> bool:
-        """Whether the cloud has answered for everything."""
-        return not self._outbox.pending(1)
+        """Whether the cloud has answered for everything, or takes nothing for now."""
+        return self.held is not None or not self._outbox.pending(1)
 
     def on_goodbye(self) -> Message:
         """Death in good order: the broker drops the will after a clean goodbye."""
@@ -184,6 +198,8 @@ class Uplink(MqttLink):
             elif item.status == device_pb2.ACK_STATUS_REJECTED:
                 if self._outbox.reject(item.id, item.reason):
                     _LOG.error("the cloud rejected %s: %s; set aside", item.id, item.reason)
+            elif item.status == device_pb2.ACK_STATUS_LATER:
+                self._hold(item)
             else:
                 _LOG.warning("unknown answer %d for %s", item.status, item.id)
         removed = self._outbox.stored(stored)
@@ -191,7 +207,20 @@ class Uplink(MqttLink):
         self._flight = answered(self._flight, self._answers.keys())
         self._answers.clear()
 
+    def _hold(self, item: device_pb2.AckItem) -> None:
+        """Send nothing for as long as the cloud says: the outbox keeps all of it."""
+        self._metrics.put_off.inc()
+        wait = min(max(item.retry_after_ms / 1000, _HOLD_MIN_S), _HOLD_MAX_S)
+        until = time.monotonic() + wait * self._random.uniform(1.0, 1.25)
+        if self.held is None:
+            _LOG.warning("the cloud takes no evidence for %.0f s: %s", wait, item.reason)
+        if until > self._held_until:
+            self._held_until, self._held_because = until, item.reason
+
     def _send(self) -> None:
+        if self.held is not None:
+            self._send_at = self._held_until
+            return
         waiting = {i.id: i for i in self._outbox.pending(_LOOKAHEAD * self._policy.window)}
         now = time.monotonic()
         planned = plan(self._policy, self._flight, list(waiting), now=now, random=self._random)

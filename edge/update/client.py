@@ -113,6 +113,7 @@ class UpdateClient(Generic[StudentT]):
         self._wanted: int | None = None
         self._stopping = False
         self._resume = True
+        self._probed: Event | None = None  # how a probe ended that the journal does not know of
         self._waits_for = ""
         self._heard = 0
         self._moved = 0
@@ -192,7 +193,7 @@ class UpdateClient(Generic[StudentT]):
         Raises:
             StorageError: the journal cannot be written; the next call resumes.
         """
-        event = Event.RESUMED if self._resume else self._news()
+        event = self._again() if self._resume else self._news()
         self._resume = True
         try:
             while event is not None and not self._stopping:
@@ -201,6 +202,10 @@ class UpdateClient(Generic[StudentT]):
             self._resume = self._record.state not in RESTING
         finally:
             self._work.close_candidate()
+
+    def _again(self) -> Event:
+        """How to go on where it stopped: a journal on a full disk is no reason to probe anew."""
+        return (self._news() or self._probed) if self._probed is not None else Event.RESUMED
 
     def _advance(self, event: Event) -> Event | None:
         """Take one step: journal, then act. None when there is no more to do."""
@@ -214,8 +219,9 @@ class UpdateClient(Generic[StudentT]):
             delta_bytes=self._work.sizes()[0],
             now_ms=int(self._clock() * 1000),
         )
+        self._probed = event if event in (Event.PROBED, Event.PROBE_FAILED) else None
         self._journal.write(record)
-        self._record = record
+        self._record, self._probed = record, None
         self._metrics.entered(step.state)
         if step.report is not None:
             self._tell(step.report)
@@ -370,6 +376,8 @@ class UpdateClient(Generic[StudentT]):
             except AnabranchError as error:
                 if not self._stopping:
                     _log.info("watching again later: %s", error)
+            except Exception:  # noqa: BLE001 # a fault of ours must not end all updates to come
+                _log.exception("watching stumbled; it begins again")
             self._pause(fails)
             fails += 1
 

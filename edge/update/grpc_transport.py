@@ -29,18 +29,56 @@ _REFUSED = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.OUT_OF_RANGE,
 }
+# Somebody may revoke by mistake, and enrol again: a device goes on asking.
+_NOT_NOW = {
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
 
 
 class GrpcTransport:
     """See :class:`edge.update.transport.Transport`."""
 
-    def __init__(self, *, address: str, channel: str, device: str) -> None:
+    def __init__(
+        self,
+        *,
+        address: str,
+        channel: str,
+        device: str,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Connect at the first call.
+
+        Args:
+            address: ``host:port`` of the fleet service.
+            channel: the device's channel.
+            device: the device's name.
+            credentials: what it shows and whom it believes; None: without TLS.
+        """
         self._channel = check_name(channel, "channel")
         self._device = check_name(device, "device")
         self._address = address
-        self._grpc = grpc.insecure_channel(address, options=grpc_options.CLIENT)
+        self._changing = threading.Lock()
+        self._closed = False
+        self._open(credentials)
+
+    def _open(self, credentials: grpc.ChannelCredentials | None) -> None:
+        if credentials is None:
+            self._grpc = grpc.insecure_channel(self._address, options=grpc_options.CLIENT)
+        else:
+            self._grpc = grpc.secure_channel(
+                self._address, credentials, options=grpc_options.CLIENT
+            )
         self._stub = fleet_pb2_grpc.FleetStub(self._grpc)
-        self._closed = threading.Event()
+
+    def reconnect(self, credentials: grpc.ChannelCredentials) -> None:
+        """Connect anew with these. Calls that are under way end as if the network had failed."""
+        with self._changing:
+            if self._closed:
+                return
+            old = self._grpc
+            self._open(credentials)
+        old.close()
 
     def watch(self, *, student: str, release: int) -> Iterator[int]:
         """See :class:`~edge.update.transport.Transport`."""
@@ -79,7 +117,8 @@ class GrpcTransport:
 
     def close(self) -> None:
         """See :class:`~edge.update.transport.Transport`."""
-        self._closed.set()
+        with self._changing:
+            self._closed = True
         self._grpc.close()
 
     @contextmanager
@@ -89,7 +128,8 @@ class GrpcTransport:
         except grpc.RpcError as error:
             raise self._translate(error) from error
         except ValueError as error:
-            if not self._closed.is_set():
+            # So gRPC says that the channel was closed, by close() or by reconnect().
+            if "closed channel" not in str(error):
                 raise
             msg = f"the connection to the cloud at {self._address} was closed here"
             raise UnavailableError(msg) from error
@@ -100,6 +140,10 @@ class GrpcTransport:
             return InvalidInputError(f"the cloud at {self._address} refused: {details}")
         if code is grpc.StatusCode.DATA_LOSS:
             return IntegrityError(f"the cloud at {self._address} has a damaged file: {details}")
+        if code in _NOT_NOW:
+            return UnavailableError(
+                f"the cloud at {self._address} refuses this device: {details}; asking again later"
+            )
         return UnavailableError(
             f"the cloud at {self._address} does not answer ({code.name}: {details}); "
             "asking again later"

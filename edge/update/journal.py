@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from edge.delta.files import set_aside, storage_errors, write_atomic
+from edge.delta.files import make_folder, set_aside, storage_errors, write_atomic
 from edge.update.machine import State
 from edge.update.slots import NOBODY, Entry
 from protos.v1 import fleet_pb2
@@ -110,21 +110,17 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         with storage_errors(f"creating {path.parent}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
 
     def read(self) -> Record:
-        """The record; an empty one when there is none or it is corrupt.
+        """The record; an empty one when there is none or it cannot be read.
 
         Raises:
-            StorageError: the disk failed.
+            StorageError: it cannot be set aside either.
         """
-        with storage_errors(f"reading {self._path}"):
-            data = self._path.read_bytes() if self._path.exists() else None
-        if data is None:
-            return Record()
         try:
-            return _parse(data)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _parse(self._path.read_bytes()) if self._path.exists() else Record()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             set_aside(self._path, str(error))
             return Record()
 

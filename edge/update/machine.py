@@ -52,7 +52,7 @@ class Event(StrEnum):
     WITHDRAWN = "the release is no longer wanted"
     FETCHED = "all downloads are here"
     VERIFIED = "all downloads are what the manifest says"
-    REFETCH = "a download must be fetched again, or another one instead"
+    REFETCH = "something must be fetched again, or another thing instead"
     APPLIED = "the slot is complete"
     PROBED = "the new student passed its probe"
     PROBE_FAILED = "the new student failed its probe"
@@ -121,6 +121,7 @@ TABLE: Mapping[tuple[State, Event], Transition] = MappingProxyType(
         (State.APPLYING, Event.RESUMED): _AGAIN,  # the base may have changed meanwhile
         (State.PROBING, Event.PROBED): Transition(State.COMMITTED, (Action.COMMIT,)),
         (State.PROBING, Event.PROBE_FAILED): _ROLL_BACK,
+        (State.PROBING, Event.REFETCH): _AGAIN,  # the slot was altered on the disk
         (State.PROBING, Event.TARGET): _BEGIN,
         (State.PROBING, Event.WITHDRAWN): _FORGET,
         (State.PROBING, Event.FATAL): _ROLL_BACK,
@@ -129,6 +130,7 @@ TABLE: Mapping[tuple[State, Event], Transition] = MappingProxyType(
         (State.COMMITTED, Event.FINISHED): Transition(
             State.IDLE, (Action.CLEAN,), report=State.COMMITTED
         ),
+        (State.COMMITTED, Event.REFETCH): _AGAIN,  # as above: the old student serves still
         (State.COMMITTED, Event.FATAL): _ROLL_BACK,
         (State.COMMITTED, Event.RESUMED): Transition(State.COMMITTED, (Action.COMMIT,)),
         (State.ROLLING_BACK, Event.FINISHED): _enter(State.FAILED, Action.CLEAN),

@@ -24,6 +24,7 @@ from edge.delta.files import (
     TEMPORARY,
     AtomicFile,
     fsync_folder,
+    make_folder,
     set_aside,
     storage_errors,
     write_atomic,
@@ -67,7 +68,7 @@ class Slots:
         self._root = root
         self._file = root / "pointer.json"
         with storage_errors(f"creating {root}"):
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
 
     def folder(self, student: str) -> Path:
         """Where the bundle of ``student`` is, or would be."""
@@ -76,8 +77,7 @@ class Slots:
     def pointer(self) -> Pointer:
         """What the pointer says; one that cannot be read is set aside and reported."""
         try:
-            with storage_errors(f"reading {self._file}"):
-                raw = json.loads(self._file.read_bytes()) if self._file.exists() else None
+            raw = json.loads(self._file.read_bytes()) if self._file.exists() else None
             if raw is None:
                 return Pointer()
             if raw["version"] != _VERSION:
@@ -86,7 +86,7 @@ class Slots:
             return Pointer(
                 *(raw[k] and Entry(str(raw[k]["student"]), int(raw[k]["release"])) for k in _NAMES)
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             set_aside(self._file, str(error))
             return Pointer()
 
@@ -159,7 +159,7 @@ class Slots:
         except IntegrityError:
             self.build(student, {n: partial(copy, bundle / n) for n in FILES})
         entry = Entry(student, 0)
-        self.point(entry, None)
+        self._try_to_point(entry)
         return entry
 
     def start(
@@ -167,13 +167,15 @@ class Slots:
     ) -> tuple[StudentT, Entry]:
         """Open the student that serves: the current one, else the previous, else the bundle's.
 
+        Where the disk has no room for a copy of the bundle, it serves from where it is.
+
         Args:
             bundle: a bundle to provision from when no slot can serve; None: there is none.
             open_student: opens the bundle in a folder.
 
         Raises:
             IntegrityError: nothing could be opened; the message says why for each.
-            StorageError: the disk is full or failed.
+            StorageError: the disk failed.
         """
         pointer = self.pointer()
         reasons: list[str] = []
@@ -190,8 +192,7 @@ class Slots:
                 return student, entry
         try:
             if bundle is not None:
-                entry = self.provision(bundle)
-                return open_student(self.folder(entry.student)), entry
+                return self._open_first(bundle, open_student)
             reasons.append("no bundle to provision from was given")
         except IntegrityError as error:
             reasons.append(f"the bundle {bundle}: {error}")
@@ -200,6 +201,18 @@ class Slots:
             "(`anabranch student import` makes one)"
         )
         raise IntegrityError(msg)
+
+    def _open_first(
+        self, bundle: Path, open_student: Callable[[Path], StudentT]
+    ) -> tuple[StudentT, Entry]:
+        try:
+            entry = self.provision(bundle)
+        except StorageError as error:
+            _log.warning("%s serves without a copy: %s", bundle, error)
+            with storage_errors(f"reading {bundle}"):
+                entry = Entry(digest(bundle), 0)
+            return open_student(bundle), entry
+        return open_student(self.folder(entry.student)), entry
 
     def _try_to_point(self, entry: Entry) -> None:
         """A full disk is no reason not to serve: the next start will choose the same student."""

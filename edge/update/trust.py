@@ -28,7 +28,7 @@ from tuf.api.exceptions import (
 from tuf.api.metadata import Metadata, Root
 from tuf.ngclient import Updater, UpdaterConfig
 
-from edge.delta.files import set_aside, storage_errors, write_atomic
+from edge.delta.files import make_folder, set_aside, storage_errors, write_atomic
 from edge.update.manifest import MAX_MANIFEST_BYTES
 from edge.update.tuf_fetcher import METADATA, TARGETS, Fetcher
 from protos.errors import (
@@ -169,7 +169,7 @@ class TufReleases:
     def _refreshed(self) -> Iterator[_Updater]:
         """python-tuf's client after a refresh; one at a time works on the folder."""
         with self._lock, storage_errors(f"keeping metadata in {self._metadata}"):
-            self._metadata.mkdir(parents=True, exist_ok=True)
+            make_folder(self._metadata)
             now = self._now()
             with _refusals(now):
                 updater = _Updater(

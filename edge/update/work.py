@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from edge import delta
-from edge.delta.files import storage_errors
-from edge.student.bundle import list_files
+from edge.delta.files import TEMPORARY
+from edge.student.bundle import FILES, sha256_file
 from edge.update.machine import Event
 from edge.update.manifest import ManifestFile, parse
 from edge.update.plan import Step, downloads, plan
 from edge.update.probe import Student, judge, probe, resident_bytes
 from edge.update.slots import Entry, Slots, link
-from protos.errors import IntegrityError, InvalidInputError, ProbeError
+from protos.errors import IntegrityError, InvalidInputError, ProbeError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from protos.v1 import release_pb2
 
 StudentT = TypeVar("StudentT", bound=Student)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Device(Generic[StudentT]):
         open_student: opens the bundle in a folder, or raises IntegrityError.
         swap: puts an open student into service between two requests and closes the old one; if it
             raises, the old one still serves.
+        reopen: opens what a start of the process would: a student that can serve, and which.
         on_commit: called with the manifest once its student serves and every later start will
             choose it: wipe what ``learned_from`` names. It may be called again after a crash.
         has_room: whether the bundle in a folder can be opened beside the student that serves.
@@ -49,6 +52,7 @@ class Device(Generic[StudentT]):
 
     open_student: Callable[[Path], StudentT]
     swap: Callable[[StudentT], None]
+    reopen: Callable[[], tuple[StudentT, Entry]]
     on_commit: Callable[[release_pb2.Manifest], None]
     has_room: Callable[[Path], bool] = lambda _: True
     unload: Callable[[], None] = lambda: None
@@ -114,6 +118,8 @@ class Work(Generic[StudentT]):
         self._steps = self._plan(manifest, full=record.full)
         wanted = downloads(self._steps)
         self._downloads.keep_only(wanted)
+        # Slots of releases that were superseded on the way here would add up.
+        self._slots.clean({self.serving.student, record.student, record.student + TEMPORARY})
         for download in wanted:
             try:
                 self._downloads.fetch(
@@ -156,9 +162,11 @@ class Work(Generic[StudentT]):
 
         Raises:
             ProbeError: it must not serve.
-            IntegrityError: it cannot be opened, or is not there whole.
+            IntegrityError: it cannot be opened.
         """
-        manifest = self._read_manifest(record)
+        manifest = self._still_whole(record)
+        if manifest is None:
+            return Event.REFETCH, replace(record, probe_starts=record.probe_starts - 1)
         self.close_candidate()
         self._candidate = self._open(record.student)
         probed = probe(
@@ -177,13 +185,21 @@ class Work(Generic[StudentT]):
             IntegrityError: after a restart the new student cannot be opened any more.
             StorageError: the pointer cannot be written.
         """
-        manifest = self._read_manifest(record)
+        manifest = self._still_whole(record)
+        if manifest is None:
+            return Event.REFETCH, record
         new = Entry(record.student, record.release)
         self._put_into_service(new)
         pointer = self._slots.pointer()
         if pointer.current != new:
-            other = record.base.student != new.student
-            self._slots.point(new, record.base if other else pointer.previous)
+            # What a start would have opened: the base may have been found damaged meanwhile, or
+            # have served out of the bundle.
+            before = pointer.current or record.base
+            if before.student == new.student:
+                self._slots.point(new, pointer.previous)
+            else:
+                there = self._slots.folder(before.student).is_dir()
+                self._slots.point(new, before if there else None)
         self._device.on_commit(manifest)
         return Event.FINISHED, replace(record, floor=max(record.floor, record.release))
 
@@ -195,9 +211,11 @@ class Work(Generic[StudentT]):
             StorageError: the pointer cannot be written.
         """
         self._drop_candidate()
-        self._put_into_service(record.base)
-        if self._slots.pointer().current != record.base:
-            self._slots.point(record.base, None)
+        # A start that found the base damaged took another one; that one is not left for it.
+        old = record.base if self.serving.student == record.student else self.serving
+        self._put_into_service(old)
+        if self._slots.pointer().current != old:
+            self._slots.point(old, None)
         return Event.FINISHED, record
 
     def clean(self) -> None:
@@ -216,16 +234,34 @@ class Work(Generic[StudentT]):
         """Close a student that was opened and does not serve, and have one that does.
 
         Raises:
-            IntegrityError: the one that was unloaded to make room cannot be opened again.
+            IntegrityError: none can be opened.
         """
         self._drop_candidate()
-        if self._away:
+        if not self._away:
+            return
+        try:
             self._put_into_service(self.serving)
+        except (IntegrityError, StorageError) as error:
+            _log.error("the student in service cannot be opened again: %s", error)
+            student, entry = self._device.reopen()
+            self._device.swap(student)
+            self._away, self.serving = False, entry
 
     def _drop_candidate(self) -> None:
         if self._candidate is not None:
             candidate, self._candidate = self._candidate, None
             candidate.close()
+
+    def _still_whole(self, record: Record) -> release_pb2.Manifest | None:
+        """The manifest; None when it or the new slot is not any more what was believed."""
+        try:
+            manifest = self._read_manifest(record)
+            if self.serving.student != record.student:
+                self._slots.check(record.student)
+        except (IntegrityError, StorageError) as error:
+            _log.warning("release %d is fetched again: %s", record.release, error)
+            return None
+        return manifest
 
     def _open(self, student: str) -> StudentT:
         """Open a slot beside the student that serves, or in its place where memory is short."""
@@ -275,17 +311,12 @@ class Work(Generic[StudentT]):
         """What to do, from what is on the disk now: an altered base is seen here."""
         try:
             self._slots.check(manifest.student)
-        except IntegrityError:
+        except (IntegrityError, StorageError):
             pass
         else:
             return ()  # the slot is there: a release that brings an old student back
         folder = self._slots.folder(self.serving.student)
-        try:
-            with storage_errors(f"reading {folder}"):
-                base = {f.name: f.sha256 for f in list_files(folder)}
-        except IntegrityError:
-            base = {}
-        return plan(manifest, base, full=full)
+        return plan(manifest, _readable(folder), full=full)
 
     def _maker(self, step: Step, base: Path) -> Callable[[Path], None]:
         if step.download is None:
@@ -295,3 +326,14 @@ class Work(Generic[StudentT]):
             return partial(delta.apply, base, path)
         # A copy of its own would cost a second time the space and the wear.
         return partial(link, path)
+
+
+def _readable(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a bundle by its name; a bad block costs the file, not the update."""
+    found = {}
+    for name in FILES:
+        try:
+            found[name] = sha256_file(folder / name)
+        except OSError as error:
+            _log.warning("%s cannot be built upon, it is fetched: %s", folder / name, error)
+    return found

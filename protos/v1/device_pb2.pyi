@@ -80,6 +80,8 @@ class _AckStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AckStatus.V
     """stored now, or already stored before"""
     ACK_STATUS_REJECTED: _AckStatus.ValueType  # 2
     """will never be stored; `reason` says why"""
+    ACK_STATUS_LATER: _AckStatus.ValueType  # 3
+    """not stored now; `reason` says why, `retry_after_ms` when to try again"""
 
 class AckStatus(_AckStatus, metaclass=_AckStatusEnumTypeWrapper): ...
 
@@ -88,6 +90,8 @@ ACK_STATUS_STORED: AckStatus.ValueType  # 1
 """stored now, or already stored before"""
 ACK_STATUS_REJECTED: AckStatus.ValueType  # 2
 """will never be stored; `reason` says why"""
+ACK_STATUS_LATER: AckStatus.ValueType  # 3
+"""not stored now; `reason` says why, `retry_after_ms` when to try again"""
 Global___AckStatus: _TypeAlias = AckStatus  # noqa: Y015
 
 @_typing.final
@@ -354,19 +358,22 @@ class AckItem(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     status: Global___AckStatus.ValueType
     reason: _builtins.str
+    retry_after_ms: _builtins.int
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         status: Global___AckStatus.ValueType = ...,
         reason: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "reason", b"reason", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(900)
 COMMANDS = {
-    "broker": ["--listen", "--state"],
+    "broker": ["--listen", "--state", "--insecure"],
     "student import": ["--out", "--harness"],
     "cloud": [
         *("--state", "--student", "--channel", "--broker", "--grpc", "--metrics"),
@@ -45,11 +45,19 @@ COMMANDS = {
             "--targets-days",
             "--threads",
         ),
+        *("--tls-name", "--enrolment", "--broker-folder", "--certificate-days", "--insecure"),
+        *("--quota-burst", "--quota-rate", "--quota-mb"),
     ],
     "edge": [
         *("--state", "--device", "--trust", "--student", "--channel", "--broker", "--cloud"),
         *("--listen", "--metrics", "--expected-corrections", "--threads", "--memory-limit"),
+        *("--identity", "--insecure"),
     ],
+    "device add": ["--state", "--channel", "--hours"],
+    "device token": ["--state", "--hours"],
+    "device list": ["--state"],
+    "device revoke": ["--state", "--reason"],
+    "device enroll": ["--identity", "--cloud", "--ca", "--token", "--device", "--again"],
     "keys new": [],
     "keys list": ["--state"],
     "keys change": ["--state", "--role", "--add", "--remove", "--threshold", "--days"],
@@ -111,7 +119,7 @@ def complaint(ended: Ended) -> str:
 def test_help_names_every_command(anabranch: Anabranch) -> None:
     ended = anabranch("--help")
     assert ended.code == 0
-    for name in ("broker", "student", "cloud", "edge", "keys", "release", "rollout", "device"):
+    for name in ("broker", "student", "cloud", "edge", "keys", "release", "device", "rollout"):
         assert re.search(rf"\b{name}\b", ended.out)
 
 
@@ -140,6 +148,15 @@ CLOUD = ("cloud", "--state", "state", "--student", "nowhere")
         ((*DEVICE, "--cloud", "host:99999"), "'host:99999' is not an address"),
         ((*DEVICE, "--device", "+"), "device '+'"),
         (("broker", "--listen", "nowhere"), "'nowhere' is not an address"),
+        (("broker", "--listen", "0.0.0.0:1883"), "would be without TLS"),
+        ((*CLOUD, "--grpc", "0.0.0.0:50051"), "the fleet service at 0.0.0.0 would be without TLS"),
+        ((*CLOUD, "--broker", "broker.lan:1883"), "Give --tls-name; or --insecure"),
+        ((*CLOUD, "--tls-name", "ü"), "'ü' is neither a host's name nor an address"),
+        ((*CLOUD, "--tls-name", "a", "--enrolment", "here"), "'here' is not an address"),
+        ((*DEVICE, "--cloud", "cloud.lan:50051"), "the cloud at cloud.lan would be without TLS"),
+        ((*DEVICE, "--identity", "nowhere"), "enrol this device with `anabranch device enroll`"),
+        ((*DEVICE[:3], *DEVICE[5:]), "Give --device, or --identity"),
+        (("device", "add", "lamp", "--state", "nowhere"), "nowhere is no folder"),
         (("student", "import", "nowhere", "--out", "student"), "neither a GGUF file nor"),
     ],
 )

@@ -8,10 +8,8 @@ import shlex
 import shutil
 import subprocess
 import time
-from contextlib import closing
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import typer
@@ -21,24 +19,18 @@ from prometheus_client import CollectorRegistry
 from cloud import cli
 from cloud.curator import Curator, CuratorConfig
 from cloud.db import open_database
-from cloud.evidence.ingest import Ingest
 from cloud.evidence.metrics import IngestMetrics
 from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService
+from cloud.identity.metrics import IdentityMetrics
 from cloud.jobs import Jobs
 from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from edge.link.address import parse_address
+from edge.identity.metrics import CertificateMetrics
 from edge.link.metrics import LinkMetrics
-from edge.link.outbox import DEMONSTRATION, Outbox
-from edge.link.uplink import InService, Uplink
 from edge.metrics import DeviceMetrics
 from edge.update.metrics import UpdateMetrics
-from protos.v1 import device_pb2
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -60,6 +52,8 @@ def sample_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     DeviceMetrics(device).watch_student(lambda: ("d" * 64, 1))
     LinkMetrics(device)
     UpdateMetrics(device)
+    CertificateMetrics(device)
+    IdentityMetrics(cloud)
     IngestMetrics(cloud, channels=["home"])
     engine = open_database(state / "cloud.sqlite")
     releases = ReleaseStore(
@@ -161,69 +155,3 @@ def test_a_service_gives_its_command_options_that_it_has(name: str) -> None:
     assert context.params["state"] == Path(f"%S/anabranch-{name}")
     assert context.params["metrics"].startswith("127.0.0.1:")
     assert unit["Service"]["Restart"] == "always"
-
-
-@pytest.fixture
-def mosquitto(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[str]:
-    """Run Mosquitto with the configuration of deploy/, on a free port."""
-    program = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin") or shutil.which(
-        "mosquitto"
-    )
-    if program is None:
-        pytest.skip("mosquitto is not installed")
-    listen = f"127.0.0.1:{free_port()}"
-    config = (ROOT / "deploy/mosquitto/mosquitto.conf").read_text()
-    assert "listener 1883 127.0.0.1" in config
-    file = tmp_path / "mosquitto.conf"
-    port = listen.rpartition(":")[2]
-    file.write_text(config.replace("listener 1883", f"listener {port}"))
-    tmp_path.chmod(0o755)  # it drops root before it reads some of its files
-    with subprocess.Popen([program, "-c", str(file)]) as running:
-        yield listen
-        running.terminate()
-
-
-def test_evidence_reaches_the_cloud_through_mosquitto_as_configured(
-    mosquitto: str, tmp_path: Path, eventually: Callable[[Callable[[], object]], None]
-) -> None:
-    engine = open_database(tmp_path / "cloud.sqlite")
-    store = EvidenceStore(engine, clock=time.time)
-    registry = CollectorRegistry()
-    ingest = Ingest(
-        address=parse_address(mosquitto),
-        store=store,
-        metrics=IngestMetrics(registry, channels=["home"]),
-        random=Random(),
-    )
-    message = device_pb2.Demonstration(
-        id="01900000-0000-7000-8000-000000000001",
-        channel="home",
-        device="lamp-1",
-        student="d" * 64,
-        created_ms=1_700_000_000_000,
-        messages=[device_pb2.ChatMessage(role="user", content="lights on")],
-        correction="{}",
-        source=device_pb2.SOURCE_CORRECTION,
-    )
-    with closing(Outbox(tmp_path / "outbox.sqlite", clock=time.time)) as outbox:
-        outbox.put(DEMONSTRATION, message.id, message.SerializeToString())
-        uplink = Uplink(
-            channel="home",
-            device="lamp-1",
-            agent_version="0.1.0",
-            address=parse_address(mosquitto),
-            outbox=outbox,
-            in_service=lambda: InService("d" * 64, 0),
-            metrics=LinkMetrics(CollectorRegistry()),
-            clock=time.time,
-            random=Random(0),
-        )
-        ingest.start()
-        uplink.start()
-        try:
-            eventually(lambda: outbox.counts().waiting == 0)
-            assert store.demonstrations("home") == [message]
-        finally:
-            uplink.stop(0.1)
-            ingest.stop()
-            engine.dispose()

@@ -191,8 +191,8 @@ def test_malformed_requests_say_what_is_wrong(cloud: Cloud) -> None:
             setattr(bad, field, number)
             assert (await fails(stub.Report(bad)))[0] is invalid
         for channel in ("a/b", ""):
-            request = fleet_pb2.ReadRequest(channel=channel, metadata="timestamp.json")
-            assert (await fails(all_of(stub.Read(request))))[0] is invalid
+            read = fleet_pb2.ReadRequest(channel=channel, metadata="timestamp.json")
+            assert (await fails(all_of(stub.Read(read))))[0] is invalid
         assert cloud.driver.state("home").devices == {}
 
     cloud.run(talk)

@@ -387,7 +387,7 @@ def test_changes_that_would_leave_nobody_are_refused(cloud: Cloud) -> None:
         ("targets", {"remove": ["0" * 64]}, "names no one key"),
     ):
         with pytest.raises(InvalidInputError, match=why):
-            cloud.change(role, **change)  # type: ignore[arg-type] # passed through
+            cloud.change(role, **change)
     assert not cloud.to_sign.exists()
 
 

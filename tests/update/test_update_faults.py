@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,6 @@ import pytest
 from edge.update.decide import MAX_DISK_TRIES, MAX_STRIKES
 from edge.update.slots import Entry
 from edge.update.transport import Piece
-from protos.errors import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,49 +190,3 @@ def test_a_disk_that_stays_full_ends_in_failure_and_leaves_room(
     assert agent.check() == Entry(world.digests[0], 0)
     assert "No space left" in world.cloud.reports[-1].detail
     assert not (world.state / "downloads").exists()
-
-
-def run_with_a_fault(
-    world: World, monkeypatch: pytest.MonkeyPatch, call: str, n: int, *, lasting: bool
-) -> int:
-    """One update during which the n-th ``os.<call>`` fails; returns how many there were."""
-    agent, real, calls = world.agent(), getattr(os, call), 0
-
-    def faulty(*args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == n or (lasting and calls > n):
-            raise FULL_DISK
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, faulty)
-        with suppress(StorageError):  # the journal could not be written
-            agent.update()
-    assert not agent.student.closed
-    return calls
-
-
-@pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize("call", ["write", "fsync", "replace", "open"])
-def test_a_full_disk_at_any_write_leaves_a_student_that_serves(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    call: str,
-    lasting: bool,
-) -> None:
-    caplog.set_level(logging.CRITICAL)
-    n = calls = 0
-    while n <= calls:
-        n += 1
-        world = World(tmp_path / str(n))
-        world.publish(1)
-        calls = run_with_a_fault(world, monkeypatch, call, n, lasting=lasting)
-        reborn = world.agent()
-        reborn.update()
-        assert reborn.check() in (Entry(world.digests[0], 0), Entry(world.digests[1], 1))
-        world.publish(2)
-        reborn.update()
-        assert reborn.check() == Entry(world.digests[2], 2)
-    assert n > 5

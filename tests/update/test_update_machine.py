@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,19 @@ def walk(state: State, *events: Event) -> list[State]:
 def test_states_are_the_protocols() -> None:
     ours = {f"UPDATE_STATE_{s.name}": int(s) for s in State}
     assert ours | {"UPDATE_STATE_UNSPECIFIED": 0} == dict(fleet_pb2.UpdateState.items())
+
+
+def test_the_page_about_updates_shows_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "update.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("| `")]
+    rows = [
+        f"| `{state.name}` | {event} | `{step.state.name}` | "
+        f"{', '.join(a.name for a in step.actions) or '-'} |"
+        for (state, event), step in TABLE.items()
+    ]
+    assert shown[-len(rows) :] == rows
+    assert {f"| `{s.name}` |" for s in State} <= {r[: r.index("|", 2) + 1] for r in shown}
+    assert f"may have {MAX_STEPS} entries" in page
 
 
 def test_a_release_goes_through_every_state_in_order() -> None:

@@ -254,6 +254,7 @@ class Agent:
             device=Device(
                 open_student=self.open,
                 swap=self.swap,
+                reopen=lambda: self.slots.start(bundle=bundle, open_student=self.open),
                 on_commit=self.on_commit,
                 has_room=lambda _: self.room,
                 unload=self.unload,

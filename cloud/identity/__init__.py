@@ -1,0 +1,1 @@
+"""Who devices are: certificates, enrolment, renewal, revocation."""
