@@ -136,6 +136,10 @@ def cloud(
     max_base_kl: Annotated[
         float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
     ] = 0.2,
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
+    ] = None,
     tls_name: Annotated[
         list[str] | None,
         typer.Option(help="Speak TLS: a name or address by which devices reach cloud and broker."),
@@ -155,10 +159,6 @@ def cloud(
         float, typer.Option(min=0.1, help="MiB of evidence that a device may give a day.")
     ] = 64,
     insecure: Insecure = False,
-    plan: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
-    ] = None,
     timestamp_hours: Annotated[
         float, typer.Option(min=0.1, help="A held back device notices after as long.")
     ] = 24,
@@ -193,6 +193,7 @@ def cloud(
             grpc=grpc,
             metrics=metrics,
             curator=curator,
+            plan=read_plan(plan) if plan else Plan(),
             evidence=EvidenceLimits.of(
                 burst=quota_burst, per_minute=quota_rate, mb_per_day=quota_mb
             ),
@@ -205,7 +206,6 @@ def cloud(
             if tls_name
             else None,
             insecure=insecure,
-            plan=read_plan(plan) if plan else Plan(),
             lifetimes=Lifetimes(
                 targets=targets_days * 86_400,
                 snapshot=7 * timestamp_hours * 3600,

@@ -155,12 +155,12 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             config=config.curator,
             registry=registry,
         )
-        security = _security(config, engine, registry)
-        if security is not None:
-            await asyncio.to_thread(security.look)
         guarding = Guarding(
             channel=config.channel, evidence=evidence, driver=driver, clock=time.time
         )
+        security = _security(config, engine, registry)
+        if security is not None:
+            await asyncio.to_thread(security.look)
         ingest = Ingest(
             address=parse_address(config.broker),
             store=evidence,

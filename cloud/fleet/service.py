@@ -181,9 +181,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             end = offset + min(request.length or MAX_READ_BYTES, MAX_READ_BYTES)
             with caller.reading():
                 while True:
-                    data, size = await self._piece(
-                        sha256, offset, min(MAX_CHUNK_BYTES, end - offset)
-                    )
+                    length = min(MAX_CHUNK_BYTES, end - offset)
+                    data, size = await self._piece(sha256, offset, length)
                     if offset > size:
                         msg = f"offset {offset} is past the end of {sha256}, which has {size} bytes"
                         await context.abort(grpc.StatusCode.OUT_OF_RANGE, msg)
