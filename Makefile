@@ -17,7 +17,7 @@ PROTOC := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I .
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint format protos protos-check bench-drift bench-recipe bench-learner bench-learner-full \
-  bench-learner-speed bench-student bench-decode bench-graph bench-swap bench-footprint bench-delta clean
+  bench-learner-speed bench-student bench-decode bench-graph bench-swap bench-footprint bench-delta bench-fleet clean
 
 help: ## Explain the targets
 	@echo 'Anabranch keeps the language models of a fleet of small devices current.'
@@ -105,6 +105,9 @@ bench-swap: $(READY) ## Ten swaps under load: latency, failed requests, memory (
 
 bench-footprint: $(READY) ## Disk and memory of a device's agent, freshly installed (5 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.footprint
+
+bench-fleet: $(READY) ## Watch streams, notification, bytes served, health, on one machine: build/bench/fleet.json (4 minutes)
+	$(BIN)/python -m bench.fleet
 
 # The peers bring runtimes of their own, which a device must not need.
 $(PEERS): bench/peers/requirements-student.txt

@@ -36,7 +36,7 @@ from cloud.fleet.service import FleetService, serve
 from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 from edge.student.runtime import Student, greedy
 from protos.errors import AnabranchError, UnavailableError
 from protos.prompt import Message, chat

@@ -10,6 +10,7 @@ import typer
 
 from cloud.cli_trust import keys_app, release_app
 from cloud.device_cli import device_app
+from cloud.rollout_cli import add_device_commands, rollout_app
 from protos.errors import AnabranchError, InvalidInputError
 
 app = typer.Typer(
@@ -33,6 +34,8 @@ Across a network they speak TLS (`--tls-name`, `anabranch device`).
 )
 student_app = typer.Typer(no_args_is_help=True, help="Bring models in.")
 app.add_typer(student_app, name="student")
+app.add_typer(rollout_app, name="rollout")
+add_device_commands(device_app)
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
 app.add_typer(device_app, name="device")
@@ -133,6 +136,10 @@ def cloud(
     max_base_kl: Annotated[
         float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
     ] = 0.2,
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
+    ] = None,
     tls_name: Annotated[
         list[str] | None,
         typer.Option(help="Speak TLS: a name or address by which devices reach cloud and broker."),
@@ -169,6 +176,7 @@ def cloud(
     from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
     from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
+    from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
@@ -185,6 +193,7 @@ def cloud(
             grpc=grpc,
             metrics=metrics,
             curator=curator,
+            plan=read_plan(plan) if plan else Plan(),
             evidence=EvidenceLimits.of(
                 burst=quota_burst, per_minute=quota_rate, mb_per_day=quota_mb
             ),

@@ -131,7 +131,7 @@ class Curator:
 
     def tick(self) -> None:
         """Look once: go on with a job, publish a result, or decide to begin."""
-        self._roll_back()
+        self._bring()
         self._roll_out(self._releases.latest(self._channel))
         jobs = self._jobs.all()
         if self._jobs.running():
@@ -176,17 +176,18 @@ class Curator:
             self._show(result)
         log.warning("no release: %s", result.get("error") or f"the gate says {result['checks']}")
 
-    def _roll_back(self) -> None:
-        content = self._driver.rollback(self._channel)
-        if content is None:
+    def _bring(self) -> None:
+        """Publish what a person ordered, or what an abort has to undo, and roll it out."""
+        wanted = self._driver.wanted(self._channel)
+        if wanted is None:
             return
-        version = self._driver.state(self._channel).version
-        latest = self._releases.latest(self._channel)
-        if latest and latest.version > version and latest.student == content.student:
+        rollout, latest = self._driver.state(self._channel), self._releases.latest(self._channel)
+        if latest and latest.version > rollout.version and latest.student == wanted.content.student:
             return  # it is there, and waits to be signed
-        self._releases.withdraw(self._channel, version)
-        self._releases.republish(self._channel, content.version)
-        log.warning("going back to the content of release %d", content.version)
+        if rollout.phase == "aborted":
+            self._releases.withdraw(self._channel, rollout.version)
+        self._releases.republish(self._channel, wanted.content.version)
+        log.warning("bringing the content of release %d", wanted.content.version)
 
     def _roll_out(self, release: Release | None) -> None:
         """Begin a rollout, unless it has begun or devices would not believe the release yet."""

@@ -34,6 +34,7 @@ from cloud.evidence.metrics import IngestMetrics
 from cloud.evidence.quota import EvidenceLimits
 from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService, serve
+from cloud.guarding import Guarding
 from cloud.identity.security import Security, TlsConfig
 from cloud.identity.service import serve_enrolment
 from cloud.jobs import Jobs
@@ -41,7 +42,7 @@ from cloud.releases.metadata import Lifetimes
 from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 from cloud.students.importer import open_imported
 from edge.delta.files import write_atomic
 from edge.link.address import check_plain, parse_address
@@ -50,6 +51,7 @@ from protos.errors import AnabranchError
 from protos.topics import check_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from grpc import aio
@@ -153,6 +155,9 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
             config=config.curator,
             registry=registry,
         )
+        guarding = Guarding(
+            channel=config.channel, evidence=evidence, driver=driver, clock=time.time
+        )
         security = _security(config, engine, registry)
         if security is not None:
             await asyncio.to_thread(security.look)
@@ -198,7 +203,7 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         write_atomic(config.state / "cloud.json", json.dumps(note, indent=1).encode() + b"\n")
         stack.callback((config.state / "cloud.json").unlink, missing_ok=True)
         log.info("channel %s: gRPC on %s:%d, metrics on %s", config.channel, host, port, metrics)
-        await _tick_until_stopped(releases, driver, curator)
+        await _tick_until_stopped(releases.sync, driver.tick, guarding.tick, curator.tick)
         log.info("stopping")
 
 
@@ -238,16 +243,14 @@ async def _stop_serving(server: aio.Server, service: FleetService) -> None:
     await service.drain()
 
 
-async def _tick_until_stopped(
-    releases: ReleaseStore, driver: RolloutDriver, curator: Curator
-) -> None:
+async def _tick_until_stopped(*ticks: Callable[[], None]) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     while not stopped.is_set():
         pause = _TICK_S
-        for work in (releases.sync, driver.tick, curator.tick):
+        for work in ticks:
             try:
                 await asyncio.to_thread(work)
             except AnabranchError as error:  # a full disk must not end the service: it retries

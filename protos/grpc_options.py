@@ -26,9 +26,9 @@ to measure the line while data comes in (seen with its traces ``http2_ping``, ``
 PING_ALLOWED_EVERY_MS: Final = 30_000
 """The server hangs up on a device that pings more often; half of what a device does, for slack."""
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
-"""A message's bound, either way: a chunk is 256 KiB, and the rest is less."""
-MAX_CHUNK_BYTES: Final = 256 * 1024
-"""The most data in one Chunk."""
+"""A message's bound, either way: a chunk is 64 KiB, and the rest is less."""
+MAX_CHUNK_BYTES: Final = 64 * 1024
+"""The most data in one Chunk. gRPC holds some four copies of it for each device that reads."""
 MAX_READ_BYTES: Final = 16 * 1024 * 1024
 """The most bytes that one Read call answers; a device asks again for the rest."""
 

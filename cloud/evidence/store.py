@@ -109,6 +109,27 @@ class Device:
     died_ms: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A demonstration without its texts. ``seq`` grows in the order in which they were stored."""
+
+    seq: int
+    device: str
+    student: str
+    received_ms: int
+    corrected: bool
+    schema_broken: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """A drift report without its signals; ``received_ms`` by the cloud's clock."""
+
+    device: str
+    student: str
+    received_ms: int
+
+
 class Outcome(StrEnum):
     """What became of evidence."""
 
@@ -205,6 +226,38 @@ class EvidenceStore:
             payloads = session.scalars(query.limit(limit)).all()
         return [device_pb2.Demonstration.FromString(p) for p in reversed(payloads)]
 
+    def judgements(self, channel: str, *, after: int = 0, since_ms: int = 0) -> list[Judged]:
+        """What people said of answers, in the order in which it was stored.
+
+        Args:
+            channel: the channel.
+            after: only what was stored after this ``seq``.
+            since_ms: only what came at this time or later, by the cloud's clock (UTC).
+        """
+        row = DemonstrationRow
+        query = (
+            select(row.seq, row.device, row.student, row.received_ms, row.payload)
+            .where(row.channel == channel, row.seq > after, row.received_ms >= since_ms)
+            .order_by(row.seq)
+        )
+        with read(self._engine) as session:
+            return [
+                _judged(seq, device, student, received_ms, payload)
+                for seq, device, student, received_ms, payload in session.execute(query)
+            ]
+
+    def alarms(self, channel: str, *, since_ms: int) -> list[Alarm]:
+        """Drift alarms that came at ``since_ms`` (the cloud's clock, UTC) or later."""
+        row = DriftRow
+        query = select(row.device, row.student, row.received_ms).where(
+            row.channel == channel, row.received_ms >= since_ms
+        )
+        with read(self._engine) as session:
+            return [
+                Alarm(device=device, student=student, received_ms=received_ms)
+                for device, student, received_ms in session.execute(query)
+            ]
+
     def counts(self, channel: str) -> dict[str, int]:
         """How many demonstrations each device of a channel has given."""
         query = (
@@ -293,6 +346,18 @@ class EvidenceStore:
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
+
+
+def _judged(seq: int, device: str, student: str, received_ms: int, payload: bytes) -> Judged:
+    demonstration = device_pb2.Demonstration.FromString(payload)
+    return Judged(
+        seq=seq,
+        device=device,
+        student=student,
+        received_ms=received_ms,
+        corrected=demonstration.source == device_pb2.SOURCE_CORRECTION,
+        schema_broken=demonstration.signals.schema_broken,
+    )
 
 
 def _judge(message: M, known: Mapping[str, bytes], check: Callable[[M], None]) -> Receipt:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import grpc
 from grpc import aio
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from cloud.releases.store import ReleaseStore
     from cloud.rollout.driver import RolloutDriver
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -72,6 +76,7 @@ _OUTCOMES = {
     fleet_pb2.UPDATE_STATE_FAILED: Outcome.FAILED,
     fleet_pb2.UPDATE_STATE_INCONSISTENT: Outcome.FAILED,
 }
+_TURNS = 32
 SERVICE = fleet_pb2.DESCRIPTOR.services_by_name["Fleet"].full_name
 MANIFEST, METADATA = "manifest", "metadata"
 _MAX_DETAIL = 500
@@ -97,6 +102,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self._present = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._channels: set[str] = set()
+        self._turns = asyncio.Semaphore(_TURNS)
+        self._rollouts = ThreadPoolExecutor(1, "rollouts")
         self._served = Counter(
             "anabranch_served_bytes_total",
             "Bytes of releases and of signed metadata sent to devices.",
@@ -142,6 +150,9 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                         if target == sent:
                             await changed.wait()
                         else:
+                            # A release wakes all streams at once: other calls come between them.
+                            async with self._turns:
+                                await asyncio.sleep(0)
                             yield fleet_pb2.Target(release=target)
                             sent = target
 
@@ -170,9 +181,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             end = offset + min(request.length or MAX_READ_BYTES, MAX_READ_BYTES)
             with caller.reading():
                 while True:
-                    data, size = await asyncio.to_thread(
-                        self._store.blobs.read, sha256, offset, min(MAX_CHUNK_BYTES, end - offset)
-                    )
+                    length = min(MAX_CHUNK_BYTES, end - offset)
+                    data, size = await self._piece(sha256, offset, length)
                     if offset > size:
                         msg = f"offset {offset} is past the end of {sha256}, which has {size} bytes"
                         await context.abort(grpc.StatusCode.OUT_OF_RANGE, msg)
@@ -217,7 +227,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             self._access.admit(context, channel=request.channel, device=request.device)
             channel = await self._known_channel(request.channel)
             report = _report(request)
-            accepted = await asyncio.to_thread(self._driver.report, channel, report)
+            accepted = await self._drive(self._driver.report, channel, report)
             return fleet_pb2.ReportReply(accepted=accepted)
 
     async def drain(self) -> None:
@@ -226,9 +236,27 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
 
     async def _known_channel(self, name: str) -> str:
         channel = check_name(name, "channel")
-        if channel not in await asyncio.to_thread(self._store.channels):
+        if channel not in self._channels:  # releases are never deleted: it stays known
+            self._channels.update(await asyncio.to_thread(self._store.channels))
+        if channel not in self._channels:
             raise _UnknownChannelError(channel)
         return channel
+
+    async def _piece(self, sha256: str, offset: int, length: int) -> tuple[bytes, int]:
+        """A piece of a blob: at once from the system's cache, else by a thread from the disk."""
+        blobs = self._store.blobs
+        cached = blobs.read_cached(sha256, offset, length)
+        if cached is not None:
+            return cached
+        return await asyncio.to_thread(blobs.read, sha256, offset, length)
+
+    async def _drive(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have the driver do something. It does one thing at a time: more threads would only wait.
+
+        And they would take the interpreter away from the event loop, each for some milliseconds.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._rollouts, partial(call, *args, **kwargs))
 
     @asynccontextmanager
     async def _presence(self, request: fleet_pb2.WatchRequest) -> AsyncIterator[None]:
@@ -236,7 +264,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         self._present += 1
         self._quiet.clear()
         joining = asyncio.create_task(
-            asyncio.to_thread(
+            self._drive(
                 self._driver.connected,
                 request.channel,
                 request.device,
@@ -257,7 +285,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         try:
             await asyncio.wait([joining])
             if not joining.cancelled() and joining.exception() is None:
-                await asyncio.to_thread(self._driver.disconnected, channel, device)
+                await self._drive(self._driver.disconnected, channel, device)
         except StorageError:
             # It counts as online until the next start; if it was told to update, the deadline ends
             # that as well.

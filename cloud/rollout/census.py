@@ -23,6 +23,7 @@ class Standing(NamedTuple):
     online: bool
     excused: bool
     ahead: bool  # it runs a newer release than the cloud's newest
+    aside: bool = False  # pinned, or in the penalty box
 
     @property
     def counts(self) -> bool:
@@ -37,7 +38,8 @@ class Standing(NamedTuple):
     @property
     def candidate(self) -> bool:
         """Whether a wave may take it. One that is ahead (the cloud lost releases) would refuse."""
-        return self.wave is None and self.health in ("waiting", "committed") and not self.ahead
+        free = self.wave is None and not self.ahead and not self.aside
+        return free and self.health in ("waiting", "committed")
 
 
 Census = Counter[Standing]
@@ -45,9 +47,8 @@ Census = Counter[Standing]
 
 def standing(device: Device, version: int) -> Standing:
     """Where a device stands in the rollout of release ``version``."""
-    return Standing(
-        device.wave, device.health, device.online, device.excused, device.release > version
-    )
+    ahead = device.release > version
+    return Standing(device.wave, device.health, device.online, device.excused, ahead, device.aside)
 
 
 def take(devices: Iterable[Device], version: int) -> Census:

@@ -19,7 +19,10 @@ from cloud.db import Base, create_tables, read, write
 from cloud.rollout import events
 from cloud.rollout.machine import is_stale, step
 from cloud.rollout.metrics import RolloutCollector
-from cloud.rollout.state import Content, Phase, Plan, Rollout, dump_device, dump_header, load
+from cloud.rollout.orders import OrderRow, Orders
+from cloud.rollout.plan import Plan
+from cloud.rollout.state import Content, Phase, Rollout, Wanted, dump_device, dump_header, load
+from protos.errors import InvalidInputError
 from protos.topics import check_name
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
     from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
+
+    from cloud.rollout.orders import Given
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +59,9 @@ class RolloutDeviceRow(Base):
 class RolloutDriver:
     """The rollouts of all channels. Any thread may call it; every method may wait for the disk.
 
-    Call :meth:`tick` every few seconds: deadlines and soak times pass only there. When
-    :meth:`abort` returns a content, or :meth:`rollback` does after a restart, publish a release
-    with that content and :meth:`begin` it.
+    Call :meth:`tick` every few seconds: deadlines and soak times pass only there, windows open, and
+    orders are obeyed. When :meth:`wanted` gives a content, publish a release with it and
+    :meth:`begin` that.
     """
 
     def __init__(
@@ -84,11 +90,11 @@ class RolloutDriver:
         self._lock = threading.RLock()
         # Apart from the lock that is held while the disk works: an event loop takes this one.
         self._wakers_lock = threading.Lock()
-        self._states: dict[str, Rollout] = {}
         self._streams: dict[tuple[str, str], int] = defaultdict(int)
         self._wakers: dict[tuple[str, str], set[Callable[[], None]]] = defaultdict(set)
         create_tables(engine, RolloutChannelRow, RolloutDeviceRow)
-        self._load()
+        self._orders = Orders(engine)
+        self._states = load_states(engine)
         for channel in self._states:
             self._apply(channel, events.Restarted())
         registry.register(RolloutCollector(self.states))
@@ -141,31 +147,36 @@ class RolloutDriver:
             self._apply(channel, report)
             return True
 
-    def alarm(self, channel: str, device: str, student: str) -> None:
-        """A device's drift vote raised an alarm on ``student`` (a digest)."""
-        self._apply(channel, events.Alarm(device, student))
+    def worse(self, channel: str, release: int, reason: str) -> None:
+        """The guard found a release worse than what devices had before it."""
+        self._apply(channel, events.Worse(release, reason))
 
     def tick(self) -> None:
-        """Let deadlines and soak times pass in every channel."""
+        """Obey what people ordered, and let deadlines and soak times pass in every channel.
+
+        Raises:
+            StorageError: the disk is full or failed; what was not stored comes at the next tick.
+        """
+        for given in self._orders.pending():
+            self._obey(given)
         for channel in self.states():
             self._apply(channel, events.Tick())
 
-    def pause(self, channel: str) -> None:
-        """Tell no more devices until :meth:`resume`; newer releases wait as well."""
-        self._apply(channel, events.Pause())
+    def obey(self, channel: str, order: events.Order) -> bool:
+        """Carry out an order at once; whether it changed anything.
 
-    def resume(self, channel: str) -> None:
-        """Go on after a pause or a halt; what failed until now counts no more."""
-        self._apply(channel, events.Resume())
+        Raises:
+            InvalidInputError: it cannot be carried out.
+            StorageError: the disk is full or failed; nothing changed.
+        """
+        with self._lock:
+            before = self.state(channel)
+            self._apply(channel, order)
+            return self.state(channel) is not before
 
-    def abort(self, channel: str, reason: str) -> Content | None:
-        """Give the release up; see :meth:`rollback` for what is returned."""
-        self._apply(channel, events.Abort(reason))
-        return self.rollback(channel)
-
-    def rollback(self, channel: str) -> Content | None:
-        """What a newer release has to bring back after an abort; None when nothing has to be."""
-        return self.state(channel).rollback()
+    def wanted(self, channel: str) -> Wanted | None:
+        """What a newer release has to bring: an order, or an abort's undoing. Mostly None."""
+        return self.state(channel).wanted()
 
     def target(self, channel: str, device: str) -> int:
         """The version that a device should run; 0: nothing to do."""
@@ -192,13 +203,35 @@ class RolloutDriver:
                 if not self._wakers[channel, device]:
                     del self._wakers[channel, device]
 
-    def _apply(self, channel: str, event: events.Event) -> None:
+    def _obey(self, given: Given) -> None:
+        with self._lock:
+            before = self.state(given.channel)
+            try:
+                changed = self._apply(given.channel, given.order, given)
+            except InvalidInputError as error:
+                answer, refused = str(error), True
+            else:
+                if changed:
+                    _log.info("order %d of %s: %s", given.number, given.person, given.body)
+                    return
+                refused = False
+                answer = f"nothing to change: release {before.version} is {before.phase}"
+            _log.warning("order %d of %s: %s", given.number, given.person, answer)
+            with write(self._engine) as session:
+                self._answer(session, given, answer, refused=refused)
+
+    def _answer(self, session: Session, given: Given, answer: str, *, refused: bool) -> None:
+        done_ms = int(self._clock() * 1000)
+        values = {"done_ms": done_ms, "answer": answer, "refused": refused}
+        session.execute(update(OrderRow).where(OrderRow.number == given.number).values(values))
+
+    def _apply(self, channel: str, event: events.Event, given: Given | None = None) -> bool:
         with self._lock:
             before = self.state(channel)
             after, commands = step(before, event, self._clock())
             if after is before:
-                return
-            self._save(before, after)
+                return False
+            self._save(before, after, given)
             self._states[channel] = after
         told = [c.device for c in commands if isinstance(c, events.SetTarget)]
         with self._wakers_lock:
@@ -206,29 +239,44 @@ class RolloutDriver:
         for wake in wakers:
             wake()
         _log_change(before, after)
+        return True
 
-    def _save(self, before: Rollout, after: Rollout) -> None:
+    def _save(self, before: Rollout, after: Rollout, given: Given | None) -> None:
         known: list[dict[str, str]] = []
         new: list[dict[str, str]] = []
         for name in after.moved:
             body = dump_device(after.devices[name])
             row = {"channel": after.channel, "device": name, "body": body}
             (known if name in before.devices else new).append(row)
+        header = dump_header(after)
         with write(self._engine) as session:
-            session.merge(RolloutChannelRow(channel=after.channel, header=dump_header(after)))
+            # Most events change a device only.
+            if before.version == 0 or header != dump_header(before):
+                session.merge(RolloutChannelRow(channel=after.channel, header=header))
             # In bulk: opening the last wave changes thousands of devices in one transaction.
             if known:
                 session.execute(update(RolloutDeviceRow), known)
             if new:
                 session.execute(insert(RolloutDeviceRow), new)
+            if given is not None:
+                self._answer(session, given, "done", refused=False)
 
-    def _load(self) -> None:
-        devices = defaultdict(list)
-        with read(self._engine) as session:
-            for row in session.scalars(select(RolloutDeviceRow)):
-                devices[row.channel].append(row.body)
-            for channel in session.scalars(select(RolloutChannelRow)):
-                self._states[channel.channel] = load(channel.header, devices[channel.channel])
+
+def load_states(engine: Engine) -> dict[str, Rollout]:
+    """Every channel's rollout as the database has it.
+
+    Raises:
+        IntegrityError: the stored state is damaged.
+        StorageError: the disk failed.
+    """
+    devices = defaultdict(list)
+    states = {}
+    with read(engine) as session:
+        for row in session.scalars(select(RolloutDeviceRow)):
+            devices[row.channel].append(row.body)
+        for channel in session.scalars(select(RolloutChannelRow)):
+            states[channel.channel] = load(channel.header, devices[channel.channel])
+    return states
 
 
 def _log_change(before: Rollout, after: Rollout) -> None:

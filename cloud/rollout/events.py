@@ -7,7 +7,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cloud.rollout.state import Content, Plan
+    from cloud.rollout.plan import Plan
+    from cloud.rollout.state import Content
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Alarm:
-    """A device's drift vote raised an alarm while it ran ``student``."""
-
-    device: str
-    student: str
-
-
-@dataclass(frozen=True)
 class Tick:
     """Time has passed."""
 
@@ -90,7 +83,51 @@ class Abort:
     reason: str
 
 
-Event = Begin | Seen | Gone | Report | Alarm | Tick | Restarted | Pause | Resume | Abort
+@dataclass(frozen=True)
+class Bring:
+    """A person wants an earlier release's content in a newer release: ``plan`` None: as usual.
+
+    ``gives_up``: the present release is aborted (a rollback).
+    """
+
+    content: Content
+    gives_up: bool
+    reason: str
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A person holds a device at a release, or takes it there."""
+
+    device: str
+    release: int
+
+
+@dataclass(frozen=True)
+class Unpin:
+    """A person lets a device follow the rollouts again."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class Unbox:
+    """A person takes a device out of the penalty box, and forgets its failures."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class Worse:
+    """The guard found that a release serves people worse than what they had before."""
+
+    release: int
+    reason: str
+
+
+Order = Pause | Resume | Abort | Bring | Pin | Unpin | Unbox
+Event = Begin | Seen | Gone | Report | Tick | Restarted | Worse | Order
 
 
 @dataclass(frozen=True)
@@ -102,11 +139,11 @@ class SetTarget:
 
 
 @dataclass(frozen=True)
-class RollBack:
+class Publish:
     """Publish a newer release with this content, and begin its rollout."""
 
     channel: str
     content: Content
 
 
-Command = SetTarget | RollBack
+Command = SetTarget | Publish

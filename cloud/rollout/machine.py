@@ -5,48 +5,57 @@
 2. A wave is through when enough of its devices, by count and by share, have committed and kept the
    release for the soak time. The last wave is through when no device is updating any more.
 3. A device that was told and then says nothing until a deadline has failed. So has one whose commit
-   names another student, one that raises a drift alarm before the rollout is done, and one that
-   keeps falling back to another student after its commit.
+   names another student, and one that keeps falling back to another student after its commit.
 4. The rollout halts when failures pass a count and a share, or when the open wave can no longer get
    through. A failing release therefore never leaves its first wave. It halts again when a person
    resumed it, nobody is left to try, and those that failed did not come to it in their time.
 5. Devices that run the release's student already have committed; wave places go to them first.
 6. A device that appears when the rollout is done is told at once; rule 4 goes on holding.
 7. A newer release supersedes at any time. Aborting asks for a newer release with the content of the
-   last one that was good: versions only grow.
+   last one that was good, and a person may ask for that of any other: versions only grow.
 8. Reports count once, and an older one than the latest known changes nothing.
+9. A device begins only in a maintenance window, and only so many update at once. A wave is not
+   through, and not lost, while devices with a place in it are held back by either.
+10. A device that failed again and again, over all releases, goes to the penalty box, each time for
+    longer: no wave takes it, none waits for it. What failed counts in its own rollout all the same,
+    or a bad release would clear its own record.
+11. A device that a person pinned stays at its release; no wave takes it.
+12. Until the rollout is done, the guard halts a release that works and serves people worse
+    (:mod:`cloud.rollout.guard`). What comes later is drift. A person who resumes has overruled it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import assert_never
 
-from cloud.rollout.census import standing
+from cloud.rollout import devices, waves
 from cloud.rollout.events import (
     Abort,
-    Alarm,
     Begin,
+    Bring,
     Command,
     Event,
     Gone,
-    Outcome,
+    Order,
     Pause,
+    Pin,
+    Publish,
     Report,
     Restarted,
     Resume,
-    RollBack,
     Seen,
     SetTarget,
     Tick,
+    Unbox,
+    Unpin,
+    Worse,
 )
-from cloud.rollout.state import Content, Device, Health, Phase, Plan, Rollout, ceil_share, order
+from cloud.rollout.state import Content, Device, Phase, Rollout, Wanted
 from protos.errors import InvalidInputError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from cloud.rollout.census import Standing
+_LIVE = (Phase.RUNNING, Phase.DONE)
+_OPEN = (*_LIVE, Phase.PAUSED)
 
 
 def step(state: Rollout, event: Event, now: float) -> tuple[Rollout, list[Command]]:
@@ -56,7 +65,7 @@ def step(state: Rollout, event: Event, now: float) -> tuple[Rollout, list[Comman
         The same state object when nothing changed, and the commands that follow from the change.
 
     Raises:
-        InvalidInputError: a rollout of an older release than the present one is to begin.
+        InvalidInputError: an older release is to begin, or an order cannot be carried out.
     """
     still = replace(state, moved=()) if state.moved else state
     after = _progress(_apply(still, event, now), now)
@@ -72,8 +81,8 @@ def step(state: Rollout, event: Event, now: float) -> tuple[Rollout, list[Comman
         for name in (after.devices if everyone else after.moved)
         if after.target(name) != state.target(name)
     ]
-    if state.phase is not Phase.ABORTED and (content := after.rollback()) is not None:
-        commands.append(RollBack(after.channel, content))
+    if (wanted := after.wanted()) is not None and wanted != state.wanted():
+        commands.append(Publish(after.channel, wanted.content))
     return after, commands
 
 
@@ -88,41 +97,76 @@ def _apply(state: Rollout, event: Event, now: float) -> Rollout:
         case Begin():
             after = _begin(state, event, now)
         case Seen():
-            after = _seen(state, event, now)
+            device = state.devices.get(event.device, Device(event.device))
+            after = state.with_devices(devices.seen(device, event, state, now))
         case Report():
             after = _report(state, event, now)
         case Gone():
-            device = state.devices.get(event.device)
-            after = state if device is None else state.with_devices(replace(device, online=False))
-        case Alarm():
-            after = _alarm(state, event)
+            known = state.devices.get(event.device)
+            after = state if known is None else state.with_devices(replace(known, online=False))
         case Tick():
-            after = state.with_devices(
-                *(_expire(d, state.plan, now) for d in state.devices.values())
-            )
+            every = state.devices.values()
+            after = state.with_devices(*(devices.passed(d, state.plan, now) for d in every))
         case Restarted():
-            after = state.with_devices(*(_unheard(d, now) for d in state.devices.values()))
+            every = state.devices.values()
+            after = state.with_devices(*(devices.unheard(d, now) for d in every))
+        case Worse():
+            after = _worse(state, event)
         case _:
             after = _order(state, event, now)
     return after
 
 
-def _order(state: Rollout, event: Pause | Resume | Abort, now: float) -> Rollout:
-    live = state.phase in (Phase.RUNNING, Phase.DONE)
+def _order(state: Rollout, event: Order, now: float) -> Rollout:
+    """What a person orders; an order that does not fit the phase changes nothing."""
     match event:
-        case Pause() if live:
-            return replace(state, phase=Phase.PAUSED)
-        case Resume() if state.phase is Phase.PAUSED:
-            return replace(state, phase=Phase.RUNNING)
+        case Pause():
+            return replace(state, phase=Phase.PAUSED) if state.phase in _LIVE else state
         case Resume() if state.phase is Phase.HALTED:
-            excused = (
-                replace(d, excused=True, told_at=now) for d in state.devices.values() if d.failed
-            )
-            return replace(state.with_devices(*excused), phase=Phase.RUNNING, reason="")
-        case Abort() if live or state.phase in (Phase.PAUSED, Phase.HALTED):
-            return replace(state, phase=Phase.ABORTED, reason=event.reason)
+            every = [devices.resumed(d, now) for d in state.devices.values()]
+            return replace(state.with_devices(*every), phase=Phase.RUNNING, reason="")
+        case Resume():
+            return replace(state, phase=Phase.RUNNING) if state.phase is Phase.PAUSED else state
+        case Abort():
+            live = state.phase in (*_OPEN, Phase.HALTED)
+            return replace(state, phase=Phase.ABORTED, reason=event.reason) if live else state
+        case Bring():
+            return _bring(state, event)
+        case Pin():
+            device = devices.pinned(_known(state, event.device), event.release, state.version)
+        case Unpin():
+            device = replace(_known(state, event.device), pinned=None)
+        case Unbox():
+            device = replace(_known(state, event.device), boxed_until=0.0, strikes=0)
         case _:
-            return state
+            assert_never(event)
+    return state.with_devices(device)
+
+
+def _known(state: Rollout, name: str) -> Device:
+    if (device := state.devices.get(name)) is None:
+        msg = f"channel {state.channel!r} knows no device {name!r}: has it ever connected?"
+        raise InvalidInputError(msg)
+    return device
+
+
+def _bring(state: Rollout, event: Bring) -> Rollout:
+    newest = state.version - event.gives_up
+    if not 1 <= event.content.version <= newest:
+        msg = (
+            f"channel {state.channel!r} is at release {state.version}: release "
+            f"{event.content.version} is none that can be brought back"
+        )
+        raise InvalidInputError(msg)
+    state = replace(state, ordered=Wanted(event.content, event.plan))
+    return replace(state, phase=Phase.ABORTED, reason=event.reason) if event.gives_up else state
+
+
+def _worse(state: Rollout, event: Worse) -> Rollout:
+    late = state.complete or state.phase not in _OPEN
+    if event.release != state.version or late or state.by_guard:
+        return state
+    return replace(state, phase=Phase.HALTED, reason=event.reason, by_guard=True)
 
 
 def _begin(state: Rollout, event: Begin, now: float) -> Rollout:
@@ -135,247 +179,44 @@ def _begin(state: Rollout, event: Begin, now: float) -> Rollout:
         )
         raise InvalidInputError(msg)
     names = dict.fromkeys([*state.devices, *event.devices])
-    kept = [state.devices.get(name, Device(name)) for name in names]
-    fresh = [
-        Device(
-            d.name,
-            online=d.online,
-            student=d.student,
-            release=d.release,
-            sequence=d.sequence,
-            heard_at=d.heard_at,
-        )
-        for d in kept
-    ]
+    fresh = [devices.renewed(state.devices.get(name, Device(name))) for name in names]
     good = state.complete and state.phase not in (Phase.HALTED, Phase.ABORTED)
+    ordered = state.ordered
+    obeyed = ordered is not None and ordered.content.student == event.release.student
     return Rollout(
         channel=state.channel,
         version=event.release.version,
         student=event.release.student,
-        plan=event.plan,
+        plan=ordered.plan if ordered and obeyed and ordered.plan else event.plan,
         # A person's hold is on the channel: an automatic release must not lift it.
         phase=Phase.PAUSED if state.phase is Phase.PAUSED else Phase.RUNNING,
         began_at=now,
         stable=Content(state.version, state.student) if good else state.stable,
+        ordered=None if obeyed else ordered,
         devices={
-            d.name: _commit(d, now) if d.student == event.release.student else d for d in fresh
+            d.name: devices.commit(d, now) if d.student == event.release.student else d
+            for d in fresh
         },
         moved=tuple(names),
     )
-
-
-def _seen(state: Rollout, event: Seen, now: float) -> Rollout:
-    device = replace(
-        state.devices.get(event.device, Device(event.device)),
-        online=True,
-        student=event.student,
-        release=event.release,
-        heard_at=now,
-    )
-    if state.version and event.student == state.student:
-        if device.health is not Health.COMMITTED:
-            device = _commit(device, now)
-    elif device.health is Health.COMMITTED:
-        device = _fell_back(device, state.plan, now)
-    return state.with_devices(device)
-
-
-def _commit(device: Device, now: float) -> Device:
-    # One that was excused gave its place away: it counts again in the next wave with a free place.
-    wave = None if device.excused else device.wave
-    return replace(
-        device, health=Health.COMMITTED, committed_at=now, wave=wave, excused=False, reason=""
-    )
-
-
-def _fell_back(device: Device, plan: Plan, now: float) -> Device:
-    flaps = device.flaps + 1
-    device = replace(device, flaps=flaps)
-    if flaps >= plan.max_flaps:
-        reason = f"came back with another student {flaps} times after its commit"
-        return replace(device, health=Health.FAILED, reason=reason)
-    if device.wave is None:
-        return replace(device, health=Health.WAITING)
-    return replace(device, health=Health.UPDATING, told_at=now)
 
 
 def _report(state: Rollout, event: Report, now: float) -> Rollout:
     device = state.devices.get(event.device, Device(event.device))
     if event.sequence <= device.sequence:
         return state
-    device = replace(device, sequence=event.sequence, heard_at=now, student=event.student)
-    if event.outcome is Outcome.COMMITTED:
-        device = replace(device, release=event.release)
-    if state.version == 0 or event.release != state.version:
-        return state.with_devices(device)
-    if event.outcome is Outcome.FAILED:
-        device = replace(device, health=Health.FAILED, reason=event.detail)
-    elif event.outcome is Outcome.COMMITTED and event.student != state.student:
-        reason = f"committed, but runs student {event.student[:12]}"
-        device = replace(device, health=Health.FAILED, reason=reason)
-    elif event.outcome is Outcome.COMMITTED and device.health is not Health.COMMITTED:
-        device = _commit(device, now)
-    return state.with_devices(device)
-
-
-def _alarm(state: Rollout, event: Alarm) -> Rollout:
-    device = state.devices.get(event.device)
-    if (
-        device is None
-        or state.complete
-        or device.health is not Health.COMMITTED
-        or event.student != state.student
-    ):
-        return state
-    return state.with_devices(
-        replace(device, health=Health.FAILED, reason="drift alarm on the release")
-    )
-
-
-def _unheard(device: Device, now: float) -> Device:
-    if device.health is not Health.UPDATING:
-        return replace(device, online=False)
-    return replace(device, online=False, told_at=now, heard_at=now)
-
-
-def _expire(device: Device, plan: Plan, now: float) -> Device:
-    if device.health is not Health.UPDATING:
-        return device
-    if now - device.heard_at > plan.silence_s:
-        reason = f"told, then silent for {plan.silence_s:g} s"
-    elif now - device.told_at > plan.total_s:
-        reason = f"not done within {plan.total_s:g} s"
-    else:
-        return device
-    return replace(device, health=Health.SILENT, reason=reason)
+    return state.with_devices(devices.reported(device, event, state, now))
 
 
 def _progress(state: Rollout, now: float) -> Rollout:
-    while state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.DONE):
+    while state.phase in _OPEN:
         if state.phase is not Phase.PAUSED:
-            state = _admit(state, now)
-        if (reason := _why_halt(state, now)) is not None:
+            state = waves.admit(state, now)
+        if (reason := waves.why_halt(state, now)) is not None:
             return replace(state, phase=Phase.HALTED, reason=reason)
-        if state.phase is not Phase.RUNNING or not _is_through(state, now):
+        if state.phase is not Phase.RUNNING or not waves.is_through(state, now):
             return state
         if state.wave == state.plan.last:
             return replace(state, phase=Phase.DONE, complete=True)
         state = replace(state, wave=state.wave + 1)
     return state
-
-
-def _admit(state: Rollout, now: float) -> Rollout:
-    """Give the open wave's free places to devices that are online."""
-    room = state.plan.capacity(state.wave, len(state.devices)) - _count(state, _in_wave(state))
-    if room <= 0 or not _count(state, lambda s: s.online and s.candidate):
-        return state
-    candidates = [
-        d for d in state.devices.values() if d.online and standing(d, state.version).candidate
-    ]
-    candidates.sort(
-        key=lambda d: (
-            d.health is not Health.COMMITTED,
-            order(state.channel, state.version, d.name),
-        )
-    )
-    admitted = candidates if room > len(candidates) else candidates[: int(room)]
-    return state.with_devices(
-        *(
-            replace(d, wave=state.wave)
-            if d.health is Health.COMMITTED
-            else replace(d, wave=state.wave, health=Health.UPDATING, told_at=now, heard_at=now)
-            for d in admitted
-        ),
-    )
-
-
-def _count(state: Rollout, which: Callable[[Standing], bool]) -> int:
-    return sum(n for s, n in state.census.items() if which(s))
-
-
-def _in_wave(state: Rollout) -> Callable[[Standing], bool]:
-    """Who counts in the open wave."""
-    return lambda s: s.counts and s.wave == state.wave
-
-
-def _needed(state: Rollout, members: int) -> int:
-    """How many of the open wave's members must commit."""
-    plan = state.plan
-    return max(1, min(plan.min_committed, members), ceil_share(plan.min_healthy_share, members))
-
-
-def _why_halt(state: Rollout, now: float) -> str | None:
-    plan = state.plan
-    failed = _count(state, lambda s: s.counts and s.failed)
-    if failed:
-        settled = failed + _count(state, lambda s: s.counts and s.health is Health.COMMITTED)
-        if failed >= plan.halt_failures and failed >= plan.halt_share * settled:
-            return f"{failed} of {settled} devices failed, {_example(state, lambda s: s.counts)}"
-        in_wave = _in_wave(state)
-        members = _count(state, in_wave)
-        failed = _count(state, lambda s: in_wave(s) and s.failed)
-        if failed and not state.complete and members - failed < _needed(state, members):
-            return (
-                f"wave {state.wave} cannot get through: {failed} of its {members} devices failed, "
-                f"{_example(state, in_wave)}"
-            )
-    return _why_nobody(state, now)
-
-
-def _why_nobody(state: Rollout, now: float) -> str | None:
-    """After a person resumed: whether all failed already, and had time enough to come to it yet."""
-    if state.wave > 0 or state.complete:
-        return None
-    in_wave = _in_wave(state)
-    if _count(state, lambda s: in_wave(s) or s.candidate):
-        return None
-    tried = [d for d in state.devices.values() if d.failed]
-    if not tried or any(now - d.told_at <= state.plan.total_s for d in tried):
-        return None
-    failed = _example(state, lambda _: True)
-    return f"nobody is left to try: all {len(tried)} devices failed, {failed}"
-
-
-def _is_through(state: Rollout, now: float) -> bool:
-    in_wave = _in_wave(state)
-    members = _count(state, in_wave)
-    if state.wave == state.plan.last:
-        if _count(state, lambda s: s.counts and s.health is not Health.COMMITTED and not s.failed):
-            return False
-        # A plan of one wave must not call a release good that nobody has taken.
-        if state.wave == 0 and not state.complete and not _is_proven(state, members, now):
-            return False
-        return all(
-            d.failed or _has_soaked(d, state, now)
-            for d in state.devices.values()
-            if d.wave is not None and not d.excused
-        )
-    if not members and state.wave > 0:
-        # Nobody is left to wait for; else the wave waits for its first device to come online.
-        return not _count(state, lambda s: s.candidate and s.health is Health.WAITING)
-    return _is_proven(state, members, now)
-
-
-def _is_proven(state: Rollout, members: int, now: float) -> bool:
-    """Whether enough of the open wave's devices committed, and kept the release."""
-    in_wave, needed = _in_wave(state), _needed(state, members)
-    if _count(state, lambda s: in_wave(s) and s.health is Health.COMMITTED) < needed:
-        return False
-    soaked = sum(
-        d.wave == state.wave
-        and not d.excused
-        and d.health is Health.COMMITTED
-        and _has_soaked(d, state, now)
-        for d in state.devices.values()
-    )
-    return soaked >= needed
-
-
-def _has_soaked(device: Device, state: Rollout, now: float) -> bool:
-    return now - max(device.committed_at, state.began_at) >= state.plan.soak_s
-
-
-def _example(state: Rollout, which: Callable[[Standing], bool]) -> str:
-    failed = (d for d in state.devices.values() if d.failed)
-    one = next(d for d in failed if which(standing(d, state.version)))
-    return f"for instance {one.name}: {one.reason or 'no reason given'}"

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from cloud.rollout.census import Census, recount, take
+from cloud.rollout.plan import Plan, plan_of
 from protos.errors import IntegrityError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+_READ_SCHEMAS: Final = (1, 2)  # what 2 added has defaults
 _NOT_IN_HEADER: Final = ("devices", "census", "moved")
-REST: Final = "rest"
 
 
 class Phase(StrEnum):
@@ -45,81 +45,6 @@ class Health(StrEnum):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How careful a rollout is.
-
-    A wave's size is a count, a share of the known devices (a float between 0 and 1), or "rest",
-    which is always and only the last one. Times are in seconds.
-    """
-
-    waves: tuple[int | float | str, ...] = (1, REST)
-    min_committed: int = 1
-    """A wave is through when at least so many of its devices committed (all, if it has fewer)..."""
-    min_healthy_share: float = 0.9
-    """...and at least this share of its devices."""
-    halt_failures: int = 3
-    """The rollout halts when at least so many devices failed..."""
-    halt_share: float = 0.2
-    """...and at least this share of those that committed or failed."""
-    silence_s: float = 600.0
-    """A device that was told and says nothing for this long counts as failed..."""
-    total_s: float = 3600.0
-    """...and so does one that is not done after this long, whatever it says."""
-    soak_s: float = 0.0
-    """A commit counts towards the next wave only when it has held this long."""
-    max_flaps: int = 3
-    """A device that falls back after a commit this often counts as failed."""
-
-    def __post_init__(self) -> None:
-        if not self.waves or self.waves[-1] != REST or REST in self.waves[:-1]:
-            msg = f'rollout waves {self.waves} must end in "{REST}", and only end in it'
-            raise InvalidInputError(msg)
-        for size in self.waves[:-1]:
-            count = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-            if not (count or (isinstance(size, float) and 0.0 < size < 1.0)):
-                msg = (
-                    f"wave size {size!r} is neither a count of at least 1 nor a share between 0 "
-                    "and 1"
-                )
-                raise InvalidInputError(msg)
-        shares = (self.min_healthy_share, self.halt_share)
-        if min(self.min_committed, self.halt_failures, self.max_flaps) < 1 or not all(
-            0.0 < share <= 1.0 for share in shares
-        ):
-            msg = "a rollout plan's counts must be at least 1, and its shares in (0, 1]"
-            raise InvalidInputError(msg)
-        if min(self.silence_s, self.total_s) <= 0.0 or self.soak_s < 0.0:
-            msg = "a rollout plan's deadlines must be positive, and its soak time not negative"
-            raise InvalidInputError(msg)
-
-    def capacity(self, wave: int, known: int) -> float:
-        """How many devices the wave may hold when ``known`` devices are known.
-
-        >>> plan = Plan(waves=(1, 0.25, "rest"))
-        >>> [plan.capacity(wave, 10) for wave in range(3)]
-        [1, 3, inf]
-        """
-        size = self.waves[wave]
-        if isinstance(size, str):
-            return math.inf
-        return size if isinstance(size, int) else ceil_share(size, known)
-
-    @property
-    def last(self) -> int:
-        """Index of the last wave."""
-        return len(self.waves) - 1
-
-
-def ceil_share(share: float, count: int) -> int:
-    """The least whole number that is at least ``share`` of ``count``.
-
-    >>> ceil_share(0.9, 10), ceil_share(0.9, 2), ceil_share(0.07, 100)
-    (9, 2, 7)
-    """
-    return math.ceil(share * count - 1e-9)
-
-
-@dataclass(frozen=True)
 class Device:
     """One device, as the cloud knows it. Times are seconds since the epoch."""
 
@@ -136,11 +61,19 @@ class Device:
     flaps: int = 0
     excused: bool = False  # failed before a person resumed the rollout; counts no more
     reason: str = ""  # of the failure
+    pinned: int | None = None  # the version that a person holds it at
+    strikes: int = 0  # failures, over all releases, since its last clean update
+    boxed_until: float = 0.0  # in the penalty box until then; 0: it is not
 
     @property
     def failed(self) -> bool:
         """Failed, or silent, which counts as failed."""
         return self.health in (Health.FAILED, Health.SILENT)
+
+    @property
+    def aside(self) -> bool:
+        """Whether no wave may take it: a person holds it, or it is in the penalty box."""
+        return self.pinned is not None or self.boxed_until > 0.0
 
 
 @dataclass(frozen=True)
@@ -149,6 +82,14 @@ class Content:
 
     version: int
     student: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person ordered to be rolled out, in a newer release; ``plan`` None: the usual one."""
+
+    content: Content
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +106,8 @@ class Rollout:
     reason: str = ""  # of a halt or abort
     began_at: float = 0.0
     stable: Content | None = None  # the newest release before this one whose rollout was done
+    ordered: Wanted | None = None  # not published yet
+    by_guard: bool = False  # the guard halted it; once a person resumed, the guard is silent
     devices: Mapping[str, Device] = field(default_factory=dict)
     census: Census = field(default_factory=Census, compare=False, repr=False)
     """Follows from ``devices``; only :meth:`with_devices` changes both."""
@@ -197,19 +140,34 @@ class Rollout:
         device = self.devices.get(name)
         if device is None or device.release > self.version:
             return 0
+        if device.pinned is not None:
+            return self._pinned(device, device.pinned)
         open_ = self.phase in (Phase.RUNNING, Phase.PAUSED, Phase.DONE)
-        if device.health is Health.COMMITTED or (open_ and device.wave is not None):
+        if device.health is Health.COMMITTED:
             return self.version
-        if self.stable is not None and device.release < self.stable.version:
-            return self.stable.version
-        return 0
+        if device.aside:
+            return 0
+        if open_ and device.wave is not None:
+            return self.version
+        # Where a plan bounds when devices update, or how many, they wait for their turn.
+        missed = self.stable is not None and device.release < self.stable.version
+        return self.stable.version if self.stable and missed and not self.plan.bounded else 0
 
-    def rollback(self) -> Content | None:
-        """What a newer release has to bring back: None unless aborted after devices were told."""
+    def _pinned(self, device: Device, pin: int) -> int:
+        given_up = pin == self.version and self.phase in (Phase.HALTED, Phase.ABORTED)
+        return pin if device.release == pin or (device.release < pin and not given_up) else 0
+
+    def wanted(self) -> Wanted | None:
+        """What a newer release has to bring: what a person ordered, else what an abort undoes.
+
+        An abort undoes nothing when no device was told of the release.
+        """
+        if self.ordered is not None or self.phase is not Phase.ABORTED or self.stable is None:
+            return self.ordered
         touched = any(
             d.wave is not None or d.release == self.version for d in self.devices.values()
         )
-        return self.stable if self.phase is Phase.ABORTED and touched else None
+        return Wanted(self.stable) if touched else None
 
 
 def order(channel: str, version: int, device: str) -> str:
@@ -226,6 +184,9 @@ def dump_header(state: Rollout) -> str:
     header = {n: value for n, value in vars(state).items() if n not in _NOT_IN_HEADER}
     header["plan"] = vars(state.plan)
     header["stable"] = state.stable and vars(state.stable)
+    if (ordered := state.ordered) is not None:
+        plan = ordered.plan and vars(ordered.plan)
+        header["ordered"] = {"content": vars(ordered.content), "plan": plan}
     return json.dumps({"schema": SCHEMA, **header})
 
 
@@ -243,12 +204,13 @@ def load(header: str, devices: Iterable[str]) -> Rollout:
     try:
         fields = _fields(header)
         plan, stable = fields.pop("plan"), fields.pop("stable")
-        plan["waves"] = tuple(plan["waves"])
+        ordered = fields.pop("ordered", None)
         known = (_device(text) for text in devices)
         return Rollout(
             **{**fields, "phase": Phase(fields["phase"])},
-            plan=Plan(**plan),
+            plan=plan_of(plan),
             stable=stable and Content(**stable),
+            ordered=ordered and _wanted(ordered),
             devices={device.name: device for device in known},
         )
     except (ValueError, TypeError, KeyError, AttributeError, InvalidInputError) as error:
@@ -259,6 +221,11 @@ def load(header: str, devices: Iterable[str]) -> Rollout:
         raise IntegrityError(msg) from error
 
 
+def _wanted(ordered: dict[str, Any]) -> Wanted:
+    plan = ordered["plan"]
+    return Wanted(Content(**ordered["content"]), plan and plan_of(plan))
+
+
 def _device(text: str) -> Device:
     fields = _fields(text)
     return Device(**{**fields, "health": Health(fields["health"])})
@@ -266,7 +233,7 @@ def _device(text: str) -> Device:
 
 def _fields(text: str) -> dict[str, Any]:
     fields: dict[str, Any] = json.loads(text)
-    if (schema := fields.pop("schema")) != SCHEMA:
-        msg = f"its schema is {schema}, this program reads {SCHEMA}"
+    if (schema := fields.pop("schema")) not in _READ_SCHEMAS:
+        msg = f"its schema is {schema}, this program reads up to {SCHEMA}"
         raise ValueError(msg)
     return fields

@@ -141,7 +141,7 @@ class Chunk(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     data: _builtins.bytes
-    """at most 256 KiB"""
+    """at most 64 KiB"""
     size: _builtins.int
     """of the whole file"""
     def __init__(

@@ -40,6 +40,7 @@ COMMANDS = {
             "--budget",
             "--min-new",
             "--max-base-kl",
+            "--plan",
             "--timestamp-hours",
             "--targets-days",
             "--threads",
@@ -63,6 +64,16 @@ COMMANDS = {
     "release list": ["--state"],
     "release sign": ["--key"],
     "demo": ["--out", "--seed", "--threads"],
+    "rollout list": ["--state", "--json"],
+    "rollout show": ["--state", "--channel", "--json"],
+    "rollout start": ["--state", "--channel", "--release", "--plan", "--reason"],
+    "rollout pause": ["--state", "--channel"],
+    "rollout resume": ["--state", "--channel"],
+    "rollout abort": ["--state", "--channel", "--reason"],
+    "rollout rollback": ["--state", "--channel", "--to", "--plan", "--reason"],
+    "device pin": ["--state", "--channel", "--release"],
+    "device unpin": ["--state", "--channel"],
+    "device unbox": ["--state", "--channel"],
 }
 
 
@@ -108,7 +119,7 @@ def complaint(ended: Ended) -> str:
 def test_help_names_every_command(anabranch: Anabranch) -> None:
     ended = anabranch("--help")
     assert ended.code == 0
-    for name in ("broker", "student", "cloud", "edge", "keys", "release", "device", "demo"):
+    for name in ("broker", "student", "cloud", "edge", "keys", "release", "device", "rollout"):
         assert re.search(rf"\b{name}\b", ended.out)
 
 

@@ -17,7 +17,7 @@ from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.releases.tables import ReleaseRow
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 from protos import grpc_options
 from protos.harness import Harness
 from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2

@@ -18,7 +18,7 @@ from cloud.identity.service import serve_enrolment
 from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 from edge.identity.enroll import enroll
 from edge.identity.renew import channel_credentials
 from edge.update.grpc_transport import GrpcTransport

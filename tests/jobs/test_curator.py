@@ -11,13 +11,16 @@ from cloud.adapt import Spec
 from cloud.curator import Curator, CuratorConfig
 from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
+from cloud.guarding import Guarding
 from cloud.jobs import Job, Jobs
 from cloud.policy import PolicyConfig
 from cloud.releases import ceremony, keys
 from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
-from cloud.rollout.state import Phase
+from cloud.rollout.events import Abort, Bring, Outcome, Report, Resume
+from cloud.rollout.plan import Plan
+from cloud.rollout.state import Content, Phase
 from edge.student.bundle import digest
 from protos.errors import InvalidInputError, StorageError
 from protos.v1 import device_pb2
@@ -340,7 +343,7 @@ def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Clou
     cloud.learn(job)
     cloud.curator.tick()
     cloud.driver.tick()
-    cloud.driver.abort("home", "people complain")
+    cloud.driver.obey("home", Abort("people complain"))
     cloud.curator.tick()
     latest = cloud.latest()
     assert (latest.version, latest.student) == (3, digest(cloud.student))
@@ -354,6 +357,60 @@ def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Clou
     cloud.hear(demonstrations(12))
     cloud.curator.tick()
     assert len(cloud.jobs.all()[-1].evidence.learn) == 28
+
+
+def test_a_person_may_go_back_to_any_release_whatever_dies_in_between(cloud: Cloud) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.learn(job)
+    cloud.curator.tick()
+    first = Content(1, digest(cloud.student))
+    cloud.driver.obey("home", Bring(first, gives_up=True, reason="rather the first"))
+    cloud.restart()  # ordered, and nothing published
+    cloud.curator.tick()
+    assert (cloud.latest().version, cloud.latest().student) == (3, first.student)
+    assert cloud.driver.state("home").version == 3
+    second = Content(2, cloud.releases.release("home", 2).student)
+    cloud.driver.obey("home", Bring(second, gives_up=False, reason="again", plan=Plan(soak_s=9)))
+    cloud.releases.republish("home", 2)
+    cloud.restart()  # published, and not begun
+    cloud.curator.begin()
+    cloud.curator.tick()
+    rollout = cloud.driver.state("home")
+    assert (rollout.version, rollout.student, rollout.plan.soak_s) == (4, second.student, 9)
+    assert rollout.wanted() is None
+
+
+def test_a_release_that_people_correct_more_than_what_they_had_is_halted(cloud: Cloud) -> None:
+    cloud.curator.begin()
+    old = cloud.latest().student
+    names = [f"lamp-{n}" for n in range(3)]
+    guarding = Guarding(
+        channel="home", evidence=cloud.evidence, driver=cloud.driver, clock=lambda: cloud.now
+    )
+    for name in names:
+        cloud.driver.connected("home", name, student=old, release=1)
+        fine = demonstrations(10, device=name, student=old, source=CONFIRMATION)
+        cloud.evidence.add(fine)
+    new = "ab" * 32
+    cloud.now += 60
+    plan = Plan(waves=("rest",), soak_s=86_400.0)
+    cloud.driver.obey("home", Bring(Content(1, new), gives_up=False, reason="", plan=plan))
+    cloud.driver.begin("home", 2, student=new)
+    for sequence, name in enumerate(names, start=1):
+        cloud.driver.report("home", Report(name, 2, Outcome.COMMITTED, new, sequence))
+        guarding.tick()
+    for name in names[:2]:
+        cloud.evidence.add(demonstrations(3, device=name, student=new))
+        guarding.tick()
+    assert cloud.driver.state("home").phase is Phase.RUNNING, "six items are too few"
+    cloud.evidence.add(demonstrations(2, device=names[2], student=new))
+    guarding.tick()
+    rollout = cloud.driver.state("home")
+    assert rollout.phase is Phase.HALTED
+    assert "8 of 8 judged answers were corrected, on 3 devices" in rollout.reason
+    cloud.driver.obey("home", Resume())
+    guarding.tick()
+    assert cloud.driver.state("home").phase is Phase.RUNNING, "a person overruled it"
 
 
 def test_what_is_tested_is_never_trained_on_whoever_says_it_again(cloud: Cloud) -> None:
@@ -413,7 +470,7 @@ def test_a_rollback_needs_no_key_that_is_away(cloud: Cloud, tmp_path: Path) -> N
     cloud.curator.tick()
     for role in ("root", "targets"):
         (cloud.folder / "keys" / f"{role}.pem").rename(tmp_path / f"{role}.pem")
-    cloud.driver.abort("home", "people complain")
+    cloud.driver.obey("home", Abort("people complain"))
     cloud.curator.tick()
     assert cloud.latest().signed
     assert (cloud.latest().version, cloud.latest().student) == (3, first.student)
@@ -428,7 +485,7 @@ def test_a_rollback_that_waits_to_be_signed_is_made_once(cloud: Cloud, tmp_path:
     cloud.curator._fallback = lambda: 0  # type: ignore[method-assign] # as it was at that time
     cloud.curator.tick()
     key = (cloud.folder / "keys" / "targets.pem").rename(tmp_path / "targets.pem")
-    cloud.driver.abort("home", "people complain")
+    cloud.driver.obey("home", Abort("people complain"))
     for _ in range(3):
         cloud.curator.tick()
         assert (cloud.latest().version, cloud.latest().signed) == (3, False)

@@ -65,6 +65,18 @@ def test_a_range_past_the_end_is_cut_and_past_all_bounds_is_empty(
     assert blobs.read(sha256, 2**64 - 1, 100) == (b"", len(DATA))
 
 
+def test_what_the_system_has_cached_is_read_without_waiting_and_nothing_that_was_not_hashed(
+    blobs: Blobs, source: Path
+) -> None:
+    sha256 = blobs.put(source).sha256
+    for at, length in ((5, 5), (len(DATA) - 3, 100), (len(DATA), 1), (2**64 - 1, 1)):
+        found = blobs.read_cached(sha256, at, length)
+        assert found in (None, blobs.read(sha256, at, length)), "not every file system can"
+    os.utime(source, ns=(1, 1))
+    assert blobs.read_cached(sha256, 0, 5) is None
+    assert blobs.read_cached("ab" * 32, 0, 5) is None
+
+
 def test_what_was_written_through_a_shared_file_is_noticed_and_healed_by_the_right_one(
     blobs: Blobs, source: Path, tmp_path: Path
 ) -> None:

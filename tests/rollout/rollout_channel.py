@@ -11,11 +11,11 @@ from cloud.rollout.events import (
     Seen,
 )
 from cloud.rollout.machine import step
+from cloud.rollout.plan import Plan
 from cloud.rollout.state import (
     Content,
     Health,
     Phase,
-    Plan,
     Rollout,
     order,
 )

@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database, write
 from cloud.rollout.driver import RolloutChannelRow, RolloutDriver
-from cloud.rollout.events import Outcome, Report
-from cloud.rollout.state import Content, Health, Phase, Plan
+from cloud.rollout.events import Abort, Outcome, Pause, Report, Resume
+from cloud.rollout.plan import Plan
+from cloud.rollout.state import Content, Health, Phase, Wanted
 from protos.errors import IntegrityError, InvalidInputError, StorageError
 
 if TYPE_CHECKING:
@@ -169,6 +170,25 @@ def test_devices_that_connected_before_the_first_release_are_told_of_it(cloud: C
     assert cloud.driver.target("home", "hall") == 1
 
 
+def test_channels_go_their_own_ways_at_once_and_after_a_restart(cloud: Cloud) -> None:
+    driver = cloud.driver
+    for channel, device in (("home", "hall"), ("office", "hall"), ("office", "desk")):
+        driver.connected(channel, device, student=OLD, release=1)
+    driver.begin("home", 2, student=NEW)
+    driver.begin("office", 7, student="cc" * 32)
+    assert driver.target("home", "hall") == 2
+    driver.report("office", committed("hall", student="cc" * 32, release=7))
+    driver.obey("office", Pause())
+    assert cloud.phase() is Phase.RUNNING, "home goes on"
+    driver.report("home", committed("hall"))
+    cloud.restart()
+    assert cloud.phase() is Phase.DONE
+    office = cloud.driver.state("office")
+    assert (office.version, office.phase) == (7, Phase.PAUSED)
+    assert set(cloud.driver.states()) == {"home", "office"}
+    assert office.devices["hall"].student != cloud.driver.state("home").devices["hall"].student
+
+
 def test_only_who_has_a_new_target_is_woken(cloud: Cloud) -> None:
     woken: list[str] = []
     cloud.connect("attic", "hall")
@@ -191,20 +211,20 @@ def test_a_rollback_that_is_due_is_known_after_a_restart(cloud: Cloud) -> None:
     cloud.connect("hall")
     cloud.driver.begin("home", 2, student=OLD)
     cloud.driver.begin("home", 3, student=NEW)
-    assert cloud.driver.abort("home", "complaints") == Content(2, OLD)
+    assert cloud.driver.obey("home", Abort("complaints"))
     cloud.restart()
-    assert cloud.driver.rollback("home") == Content(2, OLD)
+    assert cloud.driver.wanted("home") == Wanted(Content(2, OLD))
     cloud.driver.begin("home", 4, student=OLD)
-    assert cloud.driver.rollback("home") is None
+    assert cloud.driver.wanted("home") is None
 
 
 def test_a_pause_outlives_a_restart(cloud: Cloud) -> None:
     cloud.connect("hall")
     cloud.driver.begin("home", 2, student=NEW)
-    cloud.driver.pause("home")
+    cloud.driver.obey("home", Pause())
     cloud.restart()
     assert cloud.phase() is Phase.PAUSED
-    cloud.driver.resume("home")
+    cloud.driver.obey("home", Resume())
     assert cloud.phase() is Phase.RUNNING
 
 

@@ -12,19 +12,20 @@ from cloud.rollout.events import (
     Gone,
     Outcome,
     Pause,
+    Publish,
     Restarted,
     Resume,
-    RollBack,
     Seen,
     SetTarget,
     Tick,
 )
 from cloud.rollout.machine import is_stale
+from cloud.rollout.plan import Plan
 from cloud.rollout.state import (
     Content,
     Health,
     Phase,
-    Plan,
+    Wanted,
     dump_device,
     dump_header,
     load,
@@ -158,8 +159,8 @@ def test_aborting_asks_for_the_content_of_the_last_good_release() -> None:
     first = fleet.in_order()[0]
     fleet.commits(first)
     commands = fleet.does(Abort("people complain"))
-    assert RollBack("home", Content(2, NEW)) in commands
-    assert fleet.state.rollback() == Content(2, NEW)
+    assert Publish("home", Content(2, NEW)) in commands
+    assert fleet.state.wanted() == Wanted(Content(2, NEW))
     assert {c for c in commands if isinstance(c, SetTarget)} == {
         SetTarget(d, 0) for d in names(3) if d != first
     }
@@ -168,7 +169,7 @@ def test_aborting_asks_for_the_content_of_the_last_good_release() -> None:
     assert fleet.told() == set(names(3)), "the others run that content: the first gets it at once"
     fleet.commits(first)
     assert fleet.phase() is Phase.DONE
-    assert fleet.state.rollback() is None
+    assert fleet.state.wanted() is None
 
 
 def test_aborting_a_done_rollout_does_not_make_it_the_good_one() -> None:
@@ -178,7 +179,7 @@ def test_aborting_a_done_rollout_does_not_make_it_the_good_one() -> None:
     fleet.begin(version=3, student=NEWER)
     fleet.commits("hall")
     assert fleet.phase() is Phase.DONE
-    assert fleet.does(Abort("found bad later")) == [RollBack("home", Content(2, NEW))]
+    assert fleet.does(Abort("found bad later")) == [Publish("home", Content(2, NEW))]
     fleet.begin(version=4, student=NEW)
     assert fleet.state.stable == Content(2, NEW)
 
@@ -216,7 +217,7 @@ def test_state_survives_json_and_damage_is_an_error_that_says_what_to_do() -> No
     fleet.begin(version=3, student=NEWER)
     header, devices = dump_header(fleet.state), list(map(dump_device, fleet.state.devices.values()))
     assert load(header, devices) == fleet.state
-    for damaged in ("", "[]", header[:-5], header.replace('"schema": 1', '"schema": 2')):
+    for damaged in ("", "[]", header[:-5], header.replace('"schema": 2', '"schema": 3')):
         with pytest.raises(IntegrityError, match="begin the newest release's rollout again"):
             load(damaged, devices)
     with pytest.raises(IntegrityError):

@@ -17,25 +17,30 @@ from hypothesis.stateful import (
 from cloud.rollout.census import take
 from cloud.rollout.events import (
     Abort,
-    Alarm,
     Begin,
+    Bring,
     Event,
     Gone,
     Outcome,
     Pause,
+    Pin,
     Report,
     Restarted,
     Resume,
     Seen,
     SetTarget,
     Tick,
+    Unbox,
+    Unpin,
+    Worse,
 )
 from cloud.rollout.machine import step
+from cloud.rollout.plan import Plan
 from cloud.rollout.state import (
+    SCHEMA,
     Content,
     Health,
     Phase,
-    Plan,
     Rollout,
     dump_device,
     dump_header,
@@ -58,6 +63,10 @@ plans = st.builds(
     total_s=st.just(200.0),
     soak_s=st.sampled_from([0.0, 30.0]),
     max_flaps=st.integers(1, 3),
+    max_updating=st.integers(0, 2),
+    windows=st.sampled_from([(), ("00:00-12:00",), ("01:47-01:52", "02:00-02:10")]),
+    box_failures=st.integers(1, 3),
+    box_s=st.sampled_from([50.0, 400.0]),
 )
 
 
@@ -139,9 +148,24 @@ class Rollouts(RuleBasedStateMachine):
         state = self.state
         self.happens(Report(device, state.version, Outcome.COMMITTED, state.student, self.sequence))
 
-    @rule(device=devices, student=students)
-    def device_raises_an_alarm(self, device: str, student: str) -> None:
-        self.happens(Alarm(device, student))
+    @rule()
+    def the_guard_speaks(self) -> None:
+        self.happens(Worse(self.state.version, "people correct it more"))
+
+    @rule(device=devices, event=st.sampled_from([Pin, Unpin, Unbox]), behind=st.integers(0, 2))
+    def someone_orders_a_device(self, device: str, event: type, behind: int) -> None:
+        known = self.state.devices.get(device)
+        if event is not Pin:
+            if known is not None:
+                self.happens(event(device))
+        elif known is not None and 1 <= (at := self.state.version - behind) >= known.release:
+            self.happens(Pin(device, at))
+
+    @precondition(lambda self: self.state.version > 1)
+    @rule(gives_up=st.booleans(), back=st.integers(0, 3))
+    def someone_wants_an_earlier_release(self, *, gives_up: bool, back: int) -> None:
+        version = max(1, self.state.version - gives_up - back)
+        self.happens(Bring(Content(version, STUDENTS[0]), gives_up, "rather that one"))
 
     @rule(seconds=st.sampled_from([1.0, 40.0, 100.0, 300.0]))
     def time_passes(self, seconds: float) -> None:
@@ -183,15 +207,16 @@ class Rollouts(RuleBasedStateMachine):
 
     @invariant()
     def the_state_is_json(self) -> None:
-        assert json.loads(dump_header(self.state))["schema"] == 1
+        assert json.loads(dump_header(self.state))["schema"] == SCHEMA
 
     def teardown(self) -> None:
         """Deadlines alone end every rollout that somebody could end."""
-        for _ in range(2 * len(self.state.plan.waves) + 2):
+        for _ in range(2 * len(self.state.plan.waves) + 2 + len(DEVICES)):
             self.time_passes(300.0)
-        if self.state.phase is Phase.RUNNING:
-            waiting = [d for d in self.state.devices.values() if d.health is Health.WAITING]
-            assert not any(d.health is Health.UPDATING for d in self.state.devices.values())
+        if self.state.phase is Phase.RUNNING and self.state.plan.may_begin(self.now):
+            free = [d for d in self.state.devices.values() if not d.aside]
+            waiting = [d for d in free if d.health is Health.WAITING]
+            assert not any(d.health is Health.UPDATING for d in free)
             assert not any(d.online and d.release <= self.state.version for d in waiting)
 
 

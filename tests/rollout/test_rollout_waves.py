@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cloud.rollout.events import (
-    Alarm,
     Gone,
     Outcome,
-    Resume,
     Seen,
     SetTarget,
     Tick,
 )
+from cloud.rollout.plan import Plan
 from cloud.rollout.state import (
     Health,
     Phase,
-    Plan,
     order,
 )
 
@@ -224,24 +222,6 @@ def test_a_device_that_falls_back_is_told_again_and_fails_when_it_flaps() -> Non
     fleet.does(Seen("hall", OLD, 1))
     assert fleet.health("hall") is Health.FAILED
     assert "2 times" in fleet.state.devices["hall"].reason
-
-
-def test_a_drift_alarm_on_the_new_student_counts_as_failure_until_the_rollout_is_done() -> None:
-    fleet = Fleet("hall", "attic", plan=Plan(soak_s=60.0))
-    fleet.begin()
-    first, second = fleet.in_order()
-    fleet.commits(first)
-    assert fleet.state.wave == 0, "the commit has not held for long enough"
-    fleet.does(Alarm(first, OLD))
-    assert fleet.phase() is Phase.RUNNING, "an alarm on the old student says nothing"
-    fleet.does(Alarm(first, NEW))
-    assert fleet.phase() is Phase.HALTED
-    fleet.does(Resume())
-    fleet.commits(second)
-    fleet.does(Tick(), after=61)
-    assert fleet.phase() is Phase.DONE
-    fleet.does(Alarm(second, NEW))
-    assert fleet.phase() is Phase.DONE
 
 
 def test_soaking_ends_with_time_alone() -> None:

@@ -10,9 +10,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cloud.rollout import machine
+from cloud.rollout import guard, machine
 from cloud.rollout.events import (
-    Alarm,
     Begin,
     Event,
     Gone,
@@ -22,10 +21,12 @@ from cloud.rollout.events import (
     Seen,
     SetTarget,
     Tick,
+    Worse,
 )
-from cloud.rollout.state import Content, Rollout, dump_device, dump_header, load
+from cloud.rollout.state import Content, Phase, Rollout, dump_device, dump_header, load
 from edge.update.machine import State
-from tests.simulator.simulator_device import DEMONSTRATION
+from protos.errors import InvalidInputError
+from tests.simulator.simulator_device import ALARM, CORRECTION
 from tests.simulator.simulator_scenario import Bug, Kind, Release
 from tests.simulator.simulator_time import DownError
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from tests.simulator.simulator_world import World
 
 CHANNEL = "home"
+_OPEN = (Phase.RUNNING, Phase.PAUSED)
 _OUTCOMES = {State.COMMITTED: Outcome.COMMITTED, State.FAILED: Outcome.FAILED} | {
     State.INCONSISTENT: Outcome.FAILED
 }
@@ -51,10 +53,13 @@ class Cloud:
         self.state = Rollout(CHANNEL)
         self.releases: dict[int, Release] = {}
         self.stored: set[str] = set()
+        self.judgements: list[guard.Judgement] = []
+        self.alarms: list[guard.Alarm] = []
         self._header = ""
         self._rows: dict[str, str] = {}
         self._streams: dict[str, set[int]] = {}
         self._watching: dict[str, tuple[Device, int, float]] = {}
+        self._judged: tuple[object, ...] = ()
         self._dies: str = ""  # "before" or "after" the next write
 
     # The process.
@@ -101,8 +106,13 @@ class Cloud:
         """Roll back what was aborted, and begin what was published and has not begun."""
         if not self.up:
             return
-        if (content := self.state.rollback()) is not None:
-            self.publish(self._world.kind(content.student), content.student)
+        if (wanted := self.state.wanted()) is not None:
+            student = wanted.content.student
+            last = self.releases[max(self.releases)]
+            if (last.version, last.student) == (self.state.version, self.state.student) or (
+                last.student != student
+            ):
+                self.publish(self._world.kind(student), student)
         newest = max(self.releases, default=0)
         if newest > self.state.version:
             self._begin(self.releases[newest])
@@ -118,12 +128,28 @@ class Cloud:
         """A person intervenes."""
         if self.up:
             self._world.log("a person says {}", event)
-            self._try(event)
+            with suppress(InvalidInputError):
+                self._try(event)
 
     def tick(self) -> None:
-        """Let deadlines pass."""
+        """Let deadlines pass, and look at what people say."""
         if self.up:
             self._try(Tick())
+        if self.up and self.judgements and Bug.NO_GUARD not in self._world.bugs:
+            self._guard()
+
+    def _guard(self) -> None:
+        """As :class:`cloud.guarding.Guarding` does."""
+        state = self.state
+        took = len(guard.those_that_took(state))
+        seen = (state.version, len(self.judgements), len(self.alarms), state.phase, took)
+        if state.by_guard or state.complete or state.phase not in _OPEN or seen == self._judged:
+            return
+        self._judged = seen
+        signals = guard.evidence(state, self.judgements, self.alarms)
+        reason = guard.judge(signals, error=state.plan.guard_error, margin=state.plan.guard_margin)
+        if reason is not None:
+            self._try(Worse(state.version, reason))
 
     def _begin(self, release: Release) -> None:
         known = tuple(self._world.devices) if self._world.names_known else ()
@@ -246,16 +272,26 @@ class Cloud:
         if self._dies == "before":
             self._die()
             return
-        if kind == DEMONSTRATION:
-            self.stored.add(name)
-        else:
-            self._try(Alarm(device.name, kind))
-            if not self.up:
-                return
+        self._store(device.name, name, kind)
         if self._dies == "after":
             self._die()
             return
         self._world.network.send(device.line, answer)
+
+    def _store(self, device: str, name: str, kind: str) -> None:
+        """Once, whatever comes how often."""
+        if name in self.stored:
+            return
+        self.stored.add(name)
+        what, student = kind.split()
+        now = self._world.agenda.now
+        if what == ALARM:
+            self.alarms.append(guard.Alarm(device, student, now))
+        else:
+            wrong = what == CORRECTION
+            self.judgements.append(
+                guard.Judgement(device, student, now, corrected=wrong, schema_broken=False)
+            )
 
     def _check_up(self) -> None:
         if not self.up:

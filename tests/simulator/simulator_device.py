@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.simulator.simulator_time import Line
     from tests.simulator.simulator_world import World
 
-DEMONSTRATION = "demonstration"
+CORRECTION, CONFIRMATION, ALARM = "correction", "confirmation", "alarm"
 _POLICY = SendPolicy(window=4)
 
 
@@ -207,20 +207,20 @@ class Device:
     # Evidence.
 
     def demonstrate(self) -> None:
-        """A person corrects the device: the demonstration is on its disk when they are thanked."""
+        """A person judges an answer: the demonstration is on its disk when they are thanked."""
         if self.serving is not None and not self.disk.full:
-            self._put(DEMONSTRATION)
+            wrong = self.world.kind(self.serving.student) is Kind.DISLIKED
+            self._put(CORRECTION if wrong else CONFIRMATION, self.serving)
 
     def _dislike(self, entry: Entry) -> None:
         if self.serving == entry and not self.disk.full:
-            self._put(entry.student)
+            self._put(ALARM, entry)
 
-    def _put(self, kind: str) -> None:
+    def _put(self, kind: str, entry: Entry) -> None:
         self._made += 1
         name = f"{self.name}/{self._made}"
-        self.disk.outbox[name] = kind
-        if kind == DEMONSTRATION:
-            self.world.ledger.made(self, name)
+        self.disk.outbox[name] = f"{kind} {entry.student}"
+        self.world.ledger.made(self, name)
         self._send()
 
     def acknowledged(self, name: str) -> None:

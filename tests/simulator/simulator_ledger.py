@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from cloud.rollout.events import Event, Outcome, Report, Resume, Tick
-from cloud.rollout.state import REST, Health, Phase, Plan, Rollout, ceil_share
+from cloud.rollout.events import Event, Outcome, Pin, Report, Resume, Tick
+from cloud.rollout.plan import REST, Plan, ceil_share
+from cloud.rollout.state import Health, Phase, Rollout
 from edge.update.machine import MAX_PROBE_STARTS, MAX_STEPS
 from edge.update.slots import Entry
-from tests.simulator.simulator_scenario import Kind
+from tests.simulator.simulator_scenario import START, Kind
 
 if TYPE_CHECKING:
     from cloud.rollout import state
@@ -27,8 +28,13 @@ WHOLE = "nothing half-written is ever served"
 LIMIT = "a bad release never passes its wave's failure limit"
 END = "every rollout reaches an end"
 EVIDENCE = "no demonstration is lost"
+WINDOW = "a device begins only in a window"
+AT_ONCE = "no more devices update at once than the plan allows"
+HELD = "a pinned device stays, and one in the penalty box is told nothing"
+GUARD = "a release that everybody dislikes is halted, and none that all like"
 STORED = "what the cloud says is what it stored"
 
+_NOTICED_S = 60.0  # a cloud may be down, or wait for its next tick
 _ENDS = (Phase.DONE, Phase.HALTED, Phase.ABORTED)
 _OPEN = (Phase.RUNNING, Phase.PAUSED, Phase.DONE)
 
@@ -50,6 +56,28 @@ def needed(plan: Plan, members: int) -> int:
     return max(1, min(plan.min_committed, members), ceil_share(plan.min_healthy_share, members))
 
 
+def _in_window(plan: Plan, now: float) -> bool:
+    """By the clock on the wall, written out again."""
+    hours = 5.5 if plan.time_zone == "Asia/Kolkata" else 0.0
+    minutes = int((now + hours * 3600) % 86400) // 60
+    wall = f"{minutes // 60:02}:{minutes % 60:02}"
+    spans = (window.split("-") for window in plan.windows)
+    return any(b <= wall < e if b < e else wall >= b or wall < e for b, e in spans)
+
+
+def _held_back(rollout: Rollout) -> int:
+    """Devices that are there, and have neither begun nor been set aside."""
+    return sum(
+        d.online
+        and d.health is Health.WAITING
+        and d.wave is None
+        and d.pinned is None
+        and not d.boxed_until
+        and d.release <= rollout.version
+        for d in rollout.devices.values()
+    )
+
+
 class Ledger:
     """Notes what truly happened, and raises :class:`BrokenInvariantError`."""
 
@@ -64,6 +92,8 @@ class Ledger:
         self._standing: dict[str, tuple[int, str]] = {}
         self._count: Counter[tuple[int, str]] = Counter()
         self._told: set[str] = set()
+        self._completed = 0.0  # when the newest rollout was done
+        self._halted = False  # whether it ever was: the guard listens to none that is
 
     # Devices.
 
@@ -116,7 +146,9 @@ class Ledger:
         if target != self._stored.target(name):
             raise BrokenInvariantError(STORED, f"{name} is told of {target}")
         after = self._stored
-        if target == after.version and not after.devices[name].excused:
+        device = after.devices.get(name)
+        by_waves = device is not None and not device.excused and device.pinned is None
+        if target == after.version and by_waves:
             self._told.add(name)
             self._check_bad(after)
 
@@ -134,11 +166,18 @@ class Ledger:
         self, before: Rollout, event: Event, after: Rollout, changed: list[state.Device]
     ) -> None:
         """The rules led from one state to another one."""
+        same = after.version == before.version
+        self._halted = after.phase is Phase.HALTED or (self._halted and same)
+        if after.complete and not (before.complete and same):
+            self._completed = self._world.agenda.now
         if after.version != before.version:
             self._told.clear()
             self._recount(after)
         if isinstance(event, Resume):
             self._told.clear()  # what failed gives its places to others
+        if isinstance(event, Pin):
+            self._told.discard(event.device)  # as does what a person holds
+        self._check_bounds(before, after, changed)
         for device in changed:
             self._note(after, device)
         self._check_event(event, before, after)
@@ -184,6 +223,31 @@ class Ledger:
                     ):
                         raise BrokenInvariantError(END, f"{device.name} may be silent for ever")
 
+    def _check_bounds(self, before: Rollout, after: Rollout, changed: list[state.Device]) -> None:
+        """Windows, the limit at once, pins and the penalty box."""
+        plan, now = after.plan, self._world.agenda.now
+        for device in changed:
+            old = before.devices.get(device.name)
+            fresh = before.version != after.version or old is None or old.wave is None
+            begins = device.health is Health.UPDATING and device.wave is not None and fresh
+            if begins and plan.windows and not _in_window(plan, now):
+                raise BrokenInvariantError(WINDOW, f"{device.name} begins at {now - START:g}")
+            aside = device.pinned is not None or device.boxed_until > now
+            if begins and aside:
+                raise BrokenInvariantError(HELD, f"{device.name} gets a place: {device}")
+            if device.pinned is not None and after.target(device.name) not in (0, device.pinned):
+                raise BrokenInvariantError(HELD, f"{device.name} leaves its pin: {device}")
+        updating = sum(n for (_, s), n in self._count.items() if s == str(Health.UPDATING))
+        if begun := [d for d in changed if d.health is Health.UPDATING]:
+            known = before.devices
+            more = any(d.name not in known or known[d.name].wave is None for d in begun)
+            if plan.max_updating and more and updating > plan.max_updating:
+                raise BrokenInvariantError(AT_ONCE, f"{updating} devices update")
+        if after.by_guard and not before.by_guard:
+            dislike = {s for s, k in self._world.kinds.items() if k is Kind.DISLIKED}
+            if after.student not in dislike:
+                raise BrokenInvariantError(GUARD, f"{after.student}: {after.reason}")
+
     def _check_limits(self, after: Rollout) -> None:
         """While devices are told, failures are below both limits of the plan."""
         plan, count = after.plan, self._count
@@ -199,6 +263,8 @@ class Ledger:
         if failed >= plan.halt_failures and failed >= plan.halt_share * settled:
             raise BrokenInvariantError(LIMIT, f"{failed} of {settled} failed, and it goes on")
         failed, size = count[after.wave, "failed"], members[after.wave]
+        room = plan.capacity(after.wave, len(after.devices)) - size
+        size += int(min(room, _held_back(after)))
         if failed and not after.complete and size - failed < needed(plan, size):
             raise BrokenInvariantError(LIMIT, f"{failed} of wave {after.wave}'s {size} failed")
 
@@ -242,6 +308,32 @@ class Ledger:
             for demonstration in demonstrations:
                 if demonstration not in world.cloud.stored:
                     raise BrokenInvariantError(EVIDENCE, f"{demonstration} is still on {name}")
+        self._check_guard(rollout)
+
+    def _check_guard(self, rollout: Rollout) -> None:
+        """Where all was well and nothing is any more, on several devices, it must have been seen.
+
+        All judgements before are good and all after are bad, so of any of them the first eight are.
+        """
+        cloud = self._world.cloud
+        took = {d.name for d in rollout.devices.values() if d.wave is not None and d.committed_at}
+        before: Counter[str] = Counter()
+        after: list[str] = []
+        in_time = (j for j in cloud.judgements if j.at <= self._completed - _NOTICED_S)
+        for judged in in_time:
+            if judged.device in took and judged.student != rollout.student:
+                if judged.corrected:
+                    return
+                before[judged.device] += 1
+            elif judged.device in took and judged.at >= rollout.began_at:
+                if not judged.corrected:
+                    return
+                after.append(judged.device)
+        first = Counter(after[:8])
+        several = sum(first[d] >= 2 for d in first)
+        clear = len(after) >= 8 and several >= 2 and all(before[d] >= 3 for d in first)
+        if clear and rollout.phase is Phase.DONE and not self._halted:
+            raise BrokenInvariantError(GUARD, f"release {rollout.version}: {before} and {first}")
 
     def ended(self) -> bool:
         """Whether the newest release's rollout has come to an end."""
@@ -249,7 +341,7 @@ class Ledger:
         newest = max(cloud.releases, default=0)
         if newest == 0:
             return True
-        rolled_back = cloud.state.rollback() is None
+        rolled_back = cloud.state.wanted() is None
         return cloud.state.version == newest and cloud.state.phase in _ENDS and rolled_back
 
     def all_stored(self) -> bool:

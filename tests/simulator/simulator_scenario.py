@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum, auto
 from random import Random
 from typing import Any
 
-from cloud.rollout.state import Plan
+from cloud.rollout.plan import Plan
 
 START = 1_800_000_000.0
 FAULTS_S = 200.0
@@ -20,6 +20,11 @@ PLANS: tuple[tuple[int | float | str, ...], ...] = (
     (0.25, "rest"),
     ("rest",),
 )
+_WINDOWS = (
+    ("08:01-08:02", "08:03-08:10"),
+    ("13:31-13:32", "13:33-13:40"),  # the same minutes in Kolkata
+    ("23:00-08:01",),
+)  # around START, which is 08:00 UTC
 
 
 class Kind(StrEnum):
@@ -45,6 +50,7 @@ class Bug(Enum):
     DROPS_AT_SEND = auto()  # a demonstration leaves the outbox when it is sent
     ANSWERS_FIRST = auto()  # the cloud acknowledges, then stores
     STORES_LATE = auto()  # the cloud tells devices, then stores what it told
+    NO_GUARD = auto()  # nobody looks at what people say of a release
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Scenario:
     orders: float  # interventions of people
     kinds: tuple[Kind, ...]  # of its releases, one after another
     demonstrations: float  # of a device
+    pins: float  # devices that people pin, let go, or take out of the penalty box
 
 
 def draw(seed: int, *, devices: int | None = None) -> Scenario:
@@ -93,10 +100,10 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
 
     size = random.random()
     if devices is None:
-        small = random.choice((1, 1, 1, 2, 2, 2, 3, 3, 4, 5))
+        small = random.choice((1, 1, 1, 2, 2, 2, 2, 3, 3, 4))
         dozens, hundreds = random.randint(8, 24), random.randint(100, 250)
         devices = hundreds if size < 0.002 else dozens if size < 0.018 else small
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         devices=devices,
         plan=_plan(random),
@@ -113,7 +120,25 @@ def draw(seed: int, *, devices: int | None = None) -> Scenario:
         skew=some(0.4, 3600.0),
         orders=some(0.5, 6.0),
         kinds=tuple(random.choices(_KINDS, k=random.choice((1, 2, 2, 3, 5)))),
-        demonstrations=random.choice((0.0, 0.0, 2.0)),
+        demonstrations=random.choice((0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 16.0)),
+        pins=some(0.3, 4.0),
+    )
+    return _talkative(scenario) if random.random() < 0.015 else scenario
+
+
+def _talkative(scenario: Scenario) -> Scenario:
+    """People say much, nobody steps in, and a wave takes long enough for the guard to listen."""
+    plan = replace(
+        scenario.plan, waves=(0.5, "rest"), soak_s=150.0, windows=(), max_updating=0
+    )  # fmt: skip
+    return replace(
+        scenario,
+        plan=plan,
+        devices=max(4, min(scenario.devices, 8)),
+        kinds=(Kind.DISLIKED,),
+        demonstrations=40.0,
+        orders=0.0,
+        pins=0.0,
     )
 
 
@@ -126,8 +151,14 @@ def _plan(random: Random) -> Plan:
         "halt_share": random.choice((0.1, 0.2, 0.5)),
         "silence_s": 60.0,
         "total_s": 150.0,
-        "soak_s": random.choice((0.0, 0.0, 20.0)),
+        "soak_s": random.choice((0.0, 0.0, 20.0, 120.0)),
         "max_flaps": random.randint(1, 3),
+        "max_updating": random.choice((0, 0, 0, 1, 2)),
+        "windows": random.choice((*((),) * 5, *_WINDOWS)),
+        "time_zone": random.choice(("UTC", "UTC", "Asia/Kolkata")),
+        "box_failures": random.randint(1, 4),
+        "box_s": random.choice((30.0, 300.0)),
+        "box_max_s": 1000.0,
     }
     return Plan(**fields)
 

@@ -7,8 +7,8 @@ from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
-from cloud.rollout.events import Abort, Event, Pause, Resume
-from cloud.rollout.state import Phase
+from cloud.rollout.events import Abort, Bring, Event, Pause, Pin, Resume, Unbox, Unpin
+from cloud.rollout.state import Content, Health, Phase
 from tests.simulator.simulator_cloud import Cloud
 from tests.simulator.simulator_device import Device
 from tests.simulator.simulator_ledger import BrokenInvariantError, Ledger
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 FACTORY = "factory"
 EVIL = "evil"
 _TICK_S = 15.0
-_QUIET_S = 20_000.0
+_QUIET_S = 500_000.0  # a window opens once a day, and each wave may need one
+_SLOW_S = 211.0  # shorter than any window
 
 
 class World:
@@ -41,7 +42,7 @@ class World:
         self.names_known = self.random.random() < 0.3
         self.wrong_bytes = scenario.wrong_bytes
         self._impostor = scenario.impostor
-        self._kinds = {FACTORY: Kind.GOOD, EVIL: Kind.GOOD}
+        self.kinds = {FACTORY: Kind.GOOD, EVIL: Kind.GOOD}
         self._trace: deque[str] | None = deque(maxlen=400) if trace else None
         self.cloud = Cloud(self)
         self.ledger = Ledger(self)
@@ -79,7 +80,7 @@ class World:
 
     def kind(self, student: str) -> Kind:
         """What a student does to a device."""
-        return self._kinds.get(student, Kind.GOOD)
+        return self.kinds.get(student, Kind.GOOD)
 
     def plan(self, seconds: float, device: Device | None, act: Callable[[], None]) -> None:
         """Let something happen, to a device or not."""
@@ -144,23 +145,41 @@ class World:
             self.plan(at, None, self.cloud.crash)
         for at in times(random, scenario.orders, until=FAULTS_S):
             self.plan(at, None, self._intervene)
+        for at in times(random, scenario.pins, until=FAULTS_S):
+            self.plan(at, None, self._order_device)
         self._tick()
 
     def _tick(self) -> None:
         quiet = self.agenda.now - START >= FAULTS_S
         self.cloud.tick()
-        self.plan(2 * _TICK_S if quiet else _TICK_S, None, self._tick)
+        seconds = 2 * _TICK_S if quiet else _TICK_S
+        rollout = self.cloud.state
+        if quiet and not any(d.health is Health.UPDATING for d in rollout.devices.values()):
+            seconds = _SLOW_S if rollout.plan.windows else seconds
+        self.plan(seconds, None, self._tick)
 
     def _release(self, student: str, kind: Kind) -> None:
-        self._kinds[student] = kind
+        self.kinds[student] = kind
         self.cloud.publish(kind, student)
         self.plan(self.random.uniform(0.0, 5.0), None, self.cloud.curate)
 
     def _intervene(self) -> None:
         order: Event = self.random.choice((Pause(), Resume(), Resume(), Abort("people complain")))
+        if self.random.random() < 0.2 and self.cloud.state.version > 1:
+            earlier = self.cloud.releases[self.random.randint(1, self.cloud.state.version - 1)]
+            content = Content(earlier.version, earlier.student)
+            order = Bring(content, gives_up=self.random.random() < 0.7, reason="rather that one")
         self.cloud.order(order)
         if self.cloud.up:
             self.cloud.curate()
+
+    def _order_device(self) -> None:
+        devices = self.cloud.state.devices
+        if devices:
+            device = devices[self.random.choice(sorted(devices))]
+            newest = max(1, self.cloud.state.version)
+            pin = Pin(device.name, self.random.randint(min(max(1, device.release), newest), newest))
+            self.cloud.order(self.random.choice((pin, Unpin(device.name), Unbox(device.name))))
 
     def _deceive(self, device: Device) -> None:
         newest = len(self.cloud.releases) + 1
@@ -176,6 +195,9 @@ class World:
             device.start()
         self.cloud.survive()
         self.cloud.curate()
+        for known in list(self.cloud.state.devices.values()):
+            if known.pinned is not None:
+                self.cloud.order(Unpin(known.name))
         if self.cloud.state.phase is Phase.PAUSED or (
             self.cloud.state.phase is Phase.HALTED and self.random.random() < 0.5
         ):

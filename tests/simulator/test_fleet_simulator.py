@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from cloud.rollout.state import Phase, Plan
+from cloud.rollout.plan import Plan
+from cloud.rollout.state import Phase
 from tests.simulator.simulator_scenario import Kind, draw
 from tests.simulator.simulator_world import World, run
 

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cloud.rollout import machine
+from cloud.rollout import devices, guard, waves
+from cloud.rollout.census import Standing
+from cloud.rollout.plan import Plan
+from cloud.rollout.state import SCHEMA
 from edge.update import decide
 from edge.update.machine import advance
 from tests.simulator import simulator_cloud, simulator_ledger
@@ -44,6 +47,7 @@ def caught(bugs: Collection[Bug] = ()) -> tuple[BrokenInvariantError, int]:
         (Bug.DROPS_AT_SEND, simulator_ledger.EVIDENCE),
         (Bug.ANSWERS_FIRST, simulator_ledger.EVIDENCE),
         (Bug.STORES_LATE, simulator_ledger.STORED),
+        (Bug.NO_GUARD, simulator_ledger.GUARD),
     ],
 )
 def test_a_bug_of_a_device_or_the_cloud_is_caught(bug: Bug, invariant: str) -> None:
@@ -53,7 +57,11 @@ def test_a_bug_of_a_device_or_the_cloud_is_caught(bug: Bug, invariant: str) -> N
 
 
 def _forgets_excuses(device: Device) -> str:
-    return json.dumps({"schema": 1, **vars(replace(device, excused=False))})
+    return json.dumps({"schema": SCHEMA, **vars(replace(device, excused=False))})
+
+
+def _takes_anybody(standing: Standing) -> bool:
+    return standing.wave is None and standing.health in ("waiting", "committed")
 
 
 def _probes_for_ever(*args: object, probe_starts: int, **kwargs: object) -> object:
@@ -64,12 +72,18 @@ def _probes_for_ever(*args: object, probe_starts: int, **kwargs: object) -> obje
 @pytest.mark.parametrize(
     ("module", "name", "wrong", "invariant"),
     [
-        (machine, "_why_halt", lambda *_: None, simulator_ledger.LIMIT),
-        (machine, "_needed", lambda *_: 0, simulator_ledger.LIMIT),
-        (machine, "_is_through", lambda *_: True, simulator_ledger.LIMIT),
-        (machine, "_is_proven", lambda *_: True, simulator_ledger.LIMIT),
-        (machine, "_expire", lambda device, *_: device, simulator_ledger.END),
-        (machine, "_why_nobody", lambda *_: None, simulator_ledger.END),
+        (waves, "why_halt", lambda *_: None, simulator_ledger.LIMIT),
+        (Plan, "needed", lambda *_: 0, simulator_ledger.LIMIT),
+        (waves, "is_through", lambda *_: True, simulator_ledger.LIMIT),
+        (waves, "_is_proven", lambda *_: True, simulator_ledger.LIMIT),
+        (devices, "passed", lambda device, *_: device, simulator_ledger.END),
+        (waves, "_why_nobody", lambda *_: None, simulator_ledger.END),
+        (Plan, "may_begin", lambda *_: True, simulator_ledger.WINDOW),
+        (Plan, "may_begin", lambda *_: False, simulator_ledger.END),
+        (Plan, "may_join", lambda *_: 99, simulator_ledger.AT_ONCE),
+        (Standing, "candidate", property(_takes_anybody), simulator_ledger.HELD),
+        (guard, "p_value", lambda _: 1.0, simulator_ledger.GUARD),
+        (guard._Tables, "worse", lambda *_: "no reason at all", simulator_ledger.GUARD),
         (decide, "advance", _probes_for_ever, simulator_ledger.END),
         (simulator_cloud, "dump_device", _forgets_excuses, simulator_ledger.STORED),
     ],

@@ -98,13 +98,12 @@ async def run(folder: Path, *, tls: bool) -> None:
             "enrolment": f"127.0.0.1:{at}",
             "ca": str(folder / "identity" / "ca.pem"),
         }
-    service = FleetService(
-        store=store, driver=driver, registry=registry, access=security.access if security else None
-    )
+    access = security.access if security is not None else None
+    service = FleetService(store=store, driver=driver, registry=registry, access=access)
     server, port = await serve(
         service,
         listen="127.0.0.1:0",
-        credentials=security.server.credentials(mutual=True) if security else None,
+        credentials=security.server.credentials(mutual=True) if security is not None else None,
     )
     say(port=port, trust=str(folder / "tuf" / "root.json"), **enrolment)
 
