@@ -44,7 +44,7 @@ demo: $(READY) ## Three devices drift, learn a new skill and recover: build/demo
 	$(OFFLINE) $(BIN)/anabranch demo
 
 test: $(READY) ## Every test and doctest (ARGS="tests/drift -k vote" for some)
-	$(OFFLINE) $(BIN)/pytest $(ARGS)
+	$(OFFLINE) $(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(READY) protos-check ## Style, types, who may import whom, and stale generated code
 	$(BIN)/ruff check
