@@ -75,7 +75,7 @@ class Student:
         self._eos = frozenset(self.config["eos"])
         self._engine = Engine(session, self.config)
         self._prefixes = PrefixCache(_CACHE_BYTES)
-        self._past = PastAnswers(Spelling(functools.cache(self._piece), self._tokens))
+        self._past = PastAnswers(_spelling(tokenizer))
 
     @classmethod
     def open(cls, folder: Path, *, threads: int = 2) -> Self:
@@ -242,8 +242,19 @@ class Student:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _piece(self, token: int) -> str:
-        return self._text([token])
-
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _spelling(tokenizer: Tokenizer) -> Spelling:
+    """Of the tokenizer alone: a student that held itself would stay in memory after a swap."""
+
+    @functools.cache
+    def decode(token: int) -> str:
+        return str(tokenizer.decode([token], skip_special_tokens=True))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return Spelling(decode, encode)

@@ -174,3 +174,19 @@ def test_a_closed_student_holds_no_session(tiny_student: Path) -> None:
     made.close()
     gc.collect()
     assert session() is None
+
+
+def test_a_student_that_nobody_has_leaves_memory_at_once(tiny_student: Path) -> None:
+    """Its tokenizers take tens of megabytes, and a device collects garbage rarely."""
+    import weakref
+
+    made = Student.open(tiny_student / "bundle")
+    made.answer(prompt(SYSTEMS[0], "x"), Decoding(20))
+    made.close()
+    left = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert left() is None
+    finally:
+        gc.enable()
