@@ -4,8 +4,8 @@ What the latest tokens were followed by before, they may be followed by again (p
 decoding). Answers of one skill share more than tokens: they have the same shape, filled with words
 of the request. So past answers are kept as *shapes*, in which a run of words that stand in the
 request is one symbol, and a guess fills the shape with the words of this request. A guess changes
-nothing: the student checks each token of it. But a wrong one costs a row of a pass, so it is
-counted how often guesses of a kind are right.
+nothing: the student checks each token of it. But a wrong one costs a row of a pass, so each says
+how likely it is, counted from past answers.
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class Shape:
     runs: list[tuple[int, int]] = field(default_factory=list)
     open: bool = False
 
+    def holds(self, begin: int) -> bool:
+        """Whether the word of the request that begins there is in a run."""
+        return any(first <= begin < end for first, end in self.runs)
+
 
 def shape(request: Request, tokens: Sequence[int], decode: Callable[[int], str]) -> Shape:
     """The shape of an answer to a request.
@@ -194,7 +198,7 @@ class PastAnswers:
             word = self._words[request.word(i)]
             word["seen"] += 1
             word["first"] += begin in starts
-            word["copied"] += any(b <= begin < e for b, e in made.runs)
+            word["copied"] += made.holds(begin)
 
     def next(self, symbols: Sequence[int], request: Request) -> tuple[int, float] | None:
         """What follows most often, and how likely it is.
@@ -288,7 +292,7 @@ class Guesser:
         weights = {
             i: self._past.copies(self._request.word(i), "first")
             for i, (begin, _) in enumerate(self._request.spans)
-            if not any(b <= begin < e for b, e in made.runs)
+            if not made.holds(begin)
         }
         if not weights:
             return None

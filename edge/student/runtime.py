@@ -75,7 +75,8 @@ class Student:
         self._eos = frozenset(self.config["eos"])
         self._engine = Engine(session, self.config)
         self._prefixes = PrefixCache(_CACHE_BYTES)
-        self._past = PastAnswers(_spelling(tokenizer))
+        self._spelling = _spelling(tokenizer)
+        self._past = PastAnswers(self._spelling)
 
     @classmethod
     def open(cls, folder: Path, *, threads: int = 2) -> Self:
@@ -101,7 +102,7 @@ class Student:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat, up to where the answer begins."""
-        return self._tokens(render(messages))
+        return self._spelling.encode(render(messages))
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """How many tokens a chat takes before its answer."""
@@ -211,13 +212,14 @@ class Student:
         Its states are of other weights and worth nothing here; its contents are read again, the
         harness's system prompt replaced by the own one, up to some hundred tokens.
         """
-        _ = self._engine.exact
+        if self._engine.exact:
+            _ = self._engine.worth  # measured now: the first request would wait for it
         own = [self._swapped(m, warmth.system) for m in warmth.heads]
         for asked, text in warmth.answers:
-            self._past.add(asked, self._tokens(text))
+            self._past.add(asked, self._spelling.encode(text))
         left = _WARMED
         for head in own:
-            ids = self._tokens(render(head, answer=False))
+            ids = self._spelling.encode(render(head, answer=False))
             left -= len(ids)
             if left < 0:
                 break
@@ -237,10 +239,6 @@ class Student:
         mark = self.tokenizer.token_to_id(IM_START)
         starts = [i for i, token in enumerate(ids) if token == mark]
         return starts[-2] if len(starts) > 1 else 0
-
-    def _tokens(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
