@@ -44,18 +44,19 @@ class Engine:
 
     def peak_mb(self) -> float:
         """The most resident memory so far."""
-        return _status(self.pid, "VmHWM")
+        return round(status_kb(self.pid, "VmHWM") / 1024, 1)
 
     def resident_mb(self) -> float:
         """Resident memory now."""
-        return _status(self.pid, "VmRSS")
+        return round(status_kb(self.pid, "VmRSS") / 1024, 1)
 
 
-def _status(pid: int, field: str) -> float:
+def status_kb(pid: int, field: str) -> int:
+    """A figure of a process's ``/proc`` status, in KiB; 0 where there is none."""
     for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
         if line.startswith(field):
-            return round(int(line.split()[1]) / 1024, 1)
-    return 0.0
+            return int(line.split()[1])
+    return 0
 
 
 def end_in_good_order() -> None:

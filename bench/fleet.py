@@ -35,7 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import setup
-from bench.engines import end_in_good_order
+from bench.engines import end_in_good_order, status_kb
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,9 +94,7 @@ class Part:
 
     def memory_mb(self, field: str = "VmRSS") -> float:
         """Resident memory in 10^6 bytes now, or at most (``VmHWM``)."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii")
-        line = next(x for x in status.splitlines() if x.startswith(field))
-        return int(line.split()[1]) * 1024 / _MB
+        return status_kb(self._process.pid, field) * 1024 / _MB
 
     def forget_peak(self) -> None:
         """Let ``VmHWM`` begin anew."""

@@ -52,6 +52,16 @@ def open_database(path: Path) -> Engine:
     return engine
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Engine]:
+    """:func:`open_database`, for a command that ends; raises as that does."""
+    engine = open_database(path)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
 def _on_connect(connection: sqlite3.Connection, _record: ConnectionPoolEntry) -> None:
     # SQLAlchemy begins transactions itself (_on_begin): Python's module would begin them late, at
     # the first write, and then what was read before could be stale.

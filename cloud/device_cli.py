@@ -32,11 +32,8 @@ def _registry(state: Path) -> Iterator[Registry]:
     if not state.is_dir():
         msg = f"{state} is no folder: give the --state of `anabranch cloud`"
         raise InvalidInputError(msg)
-    engine = db.open_database(state / "cloud.sqlite")
-    try:
+    with db.opened(state / "cloud.sqlite") as engine:
         yield open_registry(state, engine, clock=time.time)
-    finally:
-        engine.dispose()
 
 
 def _tell(state: Path, token: str) -> None:

@@ -216,11 +216,8 @@ def _database(state: Path) -> Iterator[Engine]:
     if not path.is_file():
         msg = f"{state} holds no cloud's state: give the --state of `anabranch cloud`"
         raise InvalidInputError(msg)
-    engine = db.open_database(path)
-    try:
+    with db.opened(path) as engine:
         yield engine
-    finally:
-        engine.dispose()
 
 
 def _states(engine: Engine) -> dict[str, Rollout]:

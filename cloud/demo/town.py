@@ -13,8 +13,7 @@ import httpx
 from cloud.demo.people import Asked, Household
 from cloud.demo.processes import DemoError, Processes, free_address
 from cloud.jobs import Jobs
-from cloud.releases.store import WEIGHTS
-from edge.student.bundle import digest
+from edge.student.bundle import WEIGHTS, digest
 from edge.update.grpc_transport import GrpcTransport
 from edge.update.manifest import parse
 from edge.update.trust import TufReleases, load_root
@@ -189,21 +188,8 @@ class Town:
 
     async def manifest(self, version: int) -> release_pb2.Manifest:
         """A release's manifest, as devices get it and believe it."""
-        return await asyncio.to_thread(self._believe, version)
-
-    def _believe(self, version: int) -> release_pb2.Manifest:
-        transport = GrpcTransport(address=self._fleet, channel=CHANNEL, device="demo")
-        try:
-            releases = TufReleases(
-                root=load_root(self._folder / "cloud" / "tuf" / "root.json"),
-                folder=self._folder / "trust",
-                channel=CHANNEL,
-                transport=transport,
-                clock=time.time,
-            )
-            return parse(releases.manifest(version), channel=CHANNEL, release=version)
-        finally:
-            transport.close()
+        cloud, kept = self._folder / "cloud", self._folder / "trust"
+        return await asyncio.to_thread(believed, self._fleet, version, cloud=cloud, kept=kept)
 
     def serving(self, household: Household) -> Path:
         """The bundle that a device serves now: its slot."""
@@ -228,3 +214,29 @@ def delta_bytes(manifest: release_pb2.Manifest, before: release_pb2.Manifest) ->
             return int(delta.size)
     msg = f"release {manifest.version} has no delta from release {before.version}"
     raise DemoError(msg)
+
+
+def believed(fleet: str, version: int, *, cloud: Path, kept: Path) -> release_pb2.Manifest:
+    """A release's manifest, as a device gets it and believes it.
+
+    Args:
+        fleet: the fleet service, ``host:port``.
+        version: the release.
+        cloud: the cloud's state folder, for its root.
+        kept: folder of what was believed last.
+
+    Raises:
+        AnabranchError: see :class:`~edge.update.trust.TufReleases`.
+    """
+    transport = GrpcTransport(address=fleet, channel=CHANNEL, device="nobody")
+    try:
+        releases = TufReleases(
+            root=load_root(cloud / "tuf" / "root.json"),
+            folder=kept,
+            channel=CHANNEL,
+            transport=transport,
+            clock=time.time,
+        )
+        return parse(releases.manifest(version), channel=CHANNEL, release=version)
+    finally:
+        transport.close()

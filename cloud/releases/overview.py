@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
-from cloud.db import open_database, read
+from cloud.db import opened, read
 from cloud.releases.blobs import Blob
 from cloud.releases.files import open_files
 from cloud.releases.metadata import listed
@@ -78,14 +78,11 @@ def releases(state: Path) -> list[Known]:
     """
     files = open_files(state)
     believed = listed(files.targets(files.root().signed).signed)
-    engine = open_database(state / "cloud.sqlite")
-    try:
+    with opened(state / "cloud.sqlite") as engine:
         ReleaseRows(engine)
         query = select(ReleaseRow).order_by(ReleaseRow.channel, ReleaseRow.version.desc())
         with read(engine) as session:
             return [_known(row, believed) for row in session.scalars(query)]
-    finally:
-        engine.dispose()
 
 
 def _known(row: ReleaseRow, believed: dict[str, Blob]) -> Known:

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from cloud.db import Base, create_tables, read, write
 from cloud.rollout import events
-from cloud.rollout.plan import plan_of
-from cloud.rollout.state import Content
+from cloud.rollout.state import Wanted, dump_wanted, load_wanted
 from protos.errors import InvalidInputError
 from protos.topics import check_name
 
@@ -126,8 +125,7 @@ def dump(order: events.Order) -> str:
     kind = next(name for name, type_ in _KINDS.items() if isinstance(order, type_))
     values = dict(vars(order))
     if isinstance(order, events.Bring):
-        plan = order.plan and vars(order.plan)
-        values |= {"content": vars(order.content), "plan": plan}
+        values |= dump_wanted(Wanted(order.content, order.plan))
     return json.dumps({"order": kind, **values})
 
 
@@ -144,8 +142,7 @@ def parse(body: str) -> events.Order:
         values: dict[str, Any] = json.loads(body)
         kind = _KINDS[values.pop("order")]
         if kind is events.Bring:
-            plan = values["plan"]
-            values |= {"content": Content(**values["content"]), "plan": plan and plan_of(plan)}
+            values |= vars(load_wanted(values))
         return kind(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         msg = f"the stored order {body[:200]!r} is none that this program knows"

@@ -185,8 +185,7 @@ def dump_header(state: Rollout) -> str:
     header["plan"] = vars(state.plan)
     header["stable"] = state.stable and vars(state.stable)
     if (ordered := state.ordered) is not None:
-        plan = ordered.plan and vars(ordered.plan)
-        header["ordered"] = {"content": vars(ordered.content), "plan": plan}
+        header["ordered"] = dump_wanted(ordered)
     return json.dumps({"schema": SCHEMA, **header})
 
 
@@ -210,7 +209,7 @@ def load(header: str, devices: Iterable[str]) -> Rollout:
             **{**fields, "phase": Phase(fields["phase"])},
             plan=plan_of(plan),
             stable=stable and Content(**stable),
-            ordered=ordered and _wanted(ordered),
+            ordered=ordered and load_wanted(ordered),
             devices={device.name: device for device in known},
         )
     except (ValueError, TypeError, KeyError, AttributeError, InvalidInputError) as error:
@@ -221,9 +220,22 @@ def load(header: str, devices: Iterable[str]) -> Rollout:
         raise IntegrityError(msg) from error
 
 
-def _wanted(ordered: dict[str, Any]) -> Wanted:
-    plan = ordered["plan"]
-    return Wanted(Content(**ordered["content"]), plan and plan_of(plan))
+def dump_wanted(wanted: Wanted) -> dict[str, Any]:
+    """As JSON holds it."""
+    plan = wanted.plan and vars(wanted.plan)
+    return {"content": vars(wanted.content), "plan": plan}
+
+
+def load_wanted(values: dict[str, Any]) -> Wanted:
+    """Read what :func:`dump_wanted` gave.
+
+    Raises:
+        InvalidInputError: its plan is none.
+        KeyError: something is missing.
+        TypeError: likewise.
+    """
+    plan = values["plan"]
+    return Wanted(Content(**values["content"]), plan and plan_of(plan))
 
 
 def _device(text: str) -> Device:

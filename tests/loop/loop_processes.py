@@ -22,7 +22,8 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from cloud.curator import CuratorConfig
-from cloud.db import open_database
+from cloud.db import opened
+from cloud.demo.town import believed
 from cloud.evidence.store import EvidenceStore
 from cloud.gate.gate import GateConfig
 from cloud.jobs import Jobs
@@ -31,9 +32,6 @@ from cloud.policy import PolicyConfig
 from cloud.releases.repository import Repository
 from cloud.service import CloudConfig, run
 from edge.process import PARENT, end_with_parent
-from edge.update.grpc_transport import GrpcTransport
-from edge.update.manifest import parse
-from edge.update.trust import TufReleases, load_root
 from protos.errors import AnabranchError
 
 if TYPE_CHECKING:
@@ -216,26 +214,12 @@ class Town:
 
     def manifest(self, version: int) -> release_pb2.Manifest:
         """A release's manifest, as devices get it."""
-        transport = GrpcTransport(address=self.fleet, channel=CHANNEL, device="nobody")
-        try:
-            trusted = TufReleases(
-                root=load_root(self.cloud_state / "tuf" / "root.json"),
-                folder=self.folder / "trust",
-                channel=CHANNEL,
-                transport=transport,
-                clock=time.time,
-            )
-            return parse(trusted.manifest(version), channel=CHANNEL, release=version)
-        finally:
-            transport.close()
+        return believed(self.fleet, version, cloud=self.cloud_state, kept=self.folder / "trust")
 
     def stored(self) -> list[str]:
         """Ids of all demonstrations that the cloud has stored."""
-        engine = open_database(self.cloud_state / "cloud.sqlite")
-        try:
+        with opened(self.cloud_state / "cloud.sqlite") as engine:
             rows = EvidenceStore(engine, clock=time.time).demonstrations(CHANNEL)
-        finally:
-            engine.dispose()
         return [d.id for d in rows]
 
     def metric(self, name: str) -> float:
