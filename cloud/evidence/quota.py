@@ -65,12 +65,12 @@ class EvidenceQuota:
             now: monotonic seconds.
         """
         for buckets, cost, what in (
-            (self._messages, 1, self._messages_said()),
-            (self._bytes, size, self._bytes_said()),
+            (self._messages, 1, self._messages_said),
+            (self._bytes, size, self._bytes_said),
         ):
             wait = buckets.wait_s(sender, cost, now=now)
             if wait:
-                detail = f"this device is over its limit of {what}: again in {wait:.0f} s"
+                detail = f"this device is over its limit of {what()}: again in {wait:.0f} s"
                 return Refused(Reason.QUOTA, detail, item_id, wait)
         self._messages.take(sender, 1, now=now)
         self._bytes.take(sender, size, now=now)

@@ -9,12 +9,12 @@ import time
 from collections import Counter as Tally
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 
+from cloud.identity.metrics import IdentityMetrics, Refusal
 from cloud.identity.roster import check_channel
 from cloud.quota import DAY_S, Buckets, Limit
 from protos.errors import AnabranchError, QuotaError, RefusedError
@@ -24,20 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cloud.fleet.access import Context
-    from cloud.identity.metrics import IdentityMetrics
     from cloud.identity.registry import Certified
     from cloud.identity.roster import RosterKeeper
 
 _RETRY_S = 30.0
-
-
-class Refusal(StrEnum):
-    """Why a call was refused; the values of a metric's label."""
-
-    IDENTITY = "identity"  # no certificate of ours, or not what the message says
-    CERTIFICATE = "certificate"  # revoked, superseded, or expired since the connection began
-    STREAMS = "streams"
-    BYTES = "bytes"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,16 +10,16 @@ Source: RFC 5280 for the extensions.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cloud.identity.request import fingerprint
 from edge.delta.files import storage_errors, write_atomic
 from edge.identity.keys import load_key, new_key, private_pem
 from protos.errors import IntegrityError, InvalidInputError
@@ -35,6 +35,8 @@ KEY = "ca.key"
 CERTIFICATE = "ca.pem"
 _AUTHORITY_LIFE = timedelta(days=30 * 365)
 SERVER_LIFE = timedelta(days=90)
+RENEWABLE = 2 / 3
+"""The share of its life after which a certificate makes room for another."""
 _BEFORE = timedelta(hours=1)
 """Certificates begin so long before they are made: clocks of devices differ."""
 
@@ -94,6 +96,22 @@ class Authority:
                 .build()
             )
         return builder.sign(self._key, SHA256()).public_bytes(Encoding.PEM)
+
+    def lasting(self, path: Path, *, now: float) -> x509.Certificate | None:
+        """The certificate in a PEM file, if this authority signed it and another is not due yet.
+
+        Raises:
+            StorageError: the file cannot be read.
+        """
+        with storage_errors(f"reading {path}"):
+            pem = path.read_bytes() if path.exists() else b""
+        try:
+            there = x509.load_pem_x509_certificate(pem)
+        except ValueError:
+            return None
+        begin = there.not_valid_before_utc.timestamp()
+        due = begin + RENEWABLE * (there.not_valid_after_utc.timestamp() - begin)
+        return there if there.issuer == self.certificate.subject and now < due else None
 
     def _sign(
         self,
@@ -179,9 +197,8 @@ def open_authority(folder: Path, *, now: float) -> Authority:
 
 def _itself(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate:
     public = key.public_key()
-    raw = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     # Two authorities must not have one name: a file may hold the certificates of both.
-    name = _name(f"anabranch {hashlib.sha256(raw).hexdigest()[:16]}")
+    name = _name(f"anabranch {fingerprint(public)[:16]}")
     begin = _time(now)
     return (
         x509.CertificateBuilder()

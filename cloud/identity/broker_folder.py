@@ -20,12 +20,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from cloud.identity.authority import host_names
-from cloud.identity.registry import RENEWABLE
-from edge.delta.files import storage_errors, write_atomic
-from edge.identity.keys import new_key, private_pem
+from edge.delta.files import storage_errors, write_changed
+from edge.identity.keys import new_key, pair_pem
 from protos import topics
 from protos.identity import CLOUD_NAME
 
@@ -95,11 +93,7 @@ class BrokerFolder:
         return changed
 
     def _put(self, name: str, data: bytes, mode: int) -> bool:
-        path = self._folder / name
-        if path.exists() and path.read_bytes() == data:
-            return False
-        write_atomic(path, data, mode=mode)
-        return True
+        return write_changed(self._folder / name, data, mode=mode)
 
     def _listed(self) -> set[int] | None:
         """Serial numbers in the list that is there; None: no list of this authority."""
@@ -115,26 +109,16 @@ class BrokerFolder:
         return {each.serial_number for each in crl}
 
     def _server_lasts(self, now: float) -> bool:
-        path = self._folder / "server.pem"
-        if not path.exists():
+        there = self._authority.lasting(self._folder / "server.pem", now=now)
+        if there is None:
             return False
-        try:
-            there = x509.load_pem_x509_certificate(path.read_bytes())
-        except ValueError:
-            return False
-        begin = there.not_valid_before_utc.timestamp()
-        life = there.not_valid_after_utc.timestamp() - begin
         names = there.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return (
-            there.issuer == self._authority.certificate.subject
-            and now < begin + RENEWABLE * life
-            and list(names) == host_names(self._hosts)
-        )
+        return list(names) == host_names(self._hosts)
 
     def _server(self, now: float) -> bytes:
         key = new_key()
         certificate = self._authority.server(self._hosts, key.public_key(), now=now)
-        return private_pem(key) + certificate.public_bytes(Encoding.PEM)
+        return pair_pem(key, certificate)
 
 
 def access_list(certified: Sequence[Certified], *, now: float) -> str:
@@ -143,7 +127,7 @@ def access_list(certified: Sequence[Certified], *, now: float) -> str:
     A device that has a revoked certificate and none in force is denied everything, because its
     connection may still be open; without one it cannot open another.
     """
-    in_force = {c.device for c in certified if c.revoked_ms is None and c.not_after_ms > now * 1000}
+    in_force = {c.device for c in certified if c.in_force(now)}
     lines = ["# Written by the cloud: do not change it here."]
     lines += [f"pattern write {topics.ROOT}/+/%u/{kind}" for kind in topics.UP]
     lines += [f"pattern read {topics.ROOT}/+/%u/{kind}" for kind in topics.DOWN]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -10,7 +11,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _RESULTS = ("enrolled", "renewed", "repeated", "refused")
-_REASONS = ("identity", "certificate", "streams", "bytes")
+
+
+class Refusal(StrEnum):
+    """Why a call was refused; the values of a metric's label."""
+
+    IDENTITY = "identity"  # no certificate of ours, or not what the message says
+    CERTIFICATE = "certificate"  # revoked, superseded, or expired since the connection began
+    STREAMS = "streams"
+    BYTES = "bytes"
 
 
 class IdentityMetrics:
@@ -41,14 +50,14 @@ class IdentityMetrics:
         )
         for result in _RESULTS:
             self._issued.labels(result)
-        for reason in _REASONS:
+        for reason in Refusal:
             self._refused.labels(reason)
 
     def requested(self, result: str) -> None:
         """Count a request for a certificate: enrolled, renewed, repeated or refused."""
         self._issued.labels(result).inc()
 
-    def refused(self, reason: str) -> None:
+    def refused(self, reason: Refusal) -> None:
         """Count a call that was refused."""
         self._refused.labels(reason).inc()
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from sqlalchemy import Engine, Select, func, select
 
 from cloud.db import create_tables, read, write
+from cloud.identity.authority import RENEWABLE
 from cloud.identity.request import Request, read_request
 from cloud.identity.tables import CertificateRow, EnrolledRow, RevisionRow, TokenRow
 from protos.errors import InvalidInputError, RefusedError
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 DEVICE_LIFE_S = 365 * 86400.0
 """Seconds. A revocation needs no expiry to take effect, and a device may lie in a drawer."""
 TOKEN_LIFE_S = 24 * 3600.0
-RENEWABLE = 2 / 3
-"""The share of its life after which another certificate is given for the same key."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,10 @@ class Certified:
     not_after_ms: int
     revoked_ms: int | None
     reason: str
+
+    def in_force(self, now: float) -> bool:
+        """Whether it may be shown at ``now`` (seconds since 1970)."""
+        return self.revoked_ms is None and self.not_after_ms > now * 1000
 
 
 class Registry:

@@ -58,11 +58,7 @@ class Roster:
 
     def in_force(self, *, now: float) -> int:
         """How many devices may connect."""
-        now_ms = now * 1000
-        return sum(
-            any(c.revoked_ms is None and c.not_after_ms > now_ms for c in each)
-            for each in self.by_device.values()
-        )
+        return sum(any(c.in_force(now) for c in each) for each in self.by_device.values())
 
 
 def check_channel(certified: Certified, channel: str) -> None:

@@ -7,18 +7,15 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from cloud.identity.access import CertificateAccess, FleetLimits
 from cloud.identity.authority import host_names, open_authority
 from cloud.identity.broker_folder import BrokerFolder
 from cloud.identity.metrics import IdentityMetrics
-from cloud.identity.registry import DEVICE_LIFE_S, RENEWABLE, Registry
+from cloud.identity.registry import DEVICE_LIFE_S, Registry
 from cloud.identity.roster import RosterKeeper
 from cloud.identity.service import EnrolmentService, RenewalService, ServerCertificate
-from edge.delta.files import storage_errors, write_atomic
-from edge.identity.keys import new_key, private_pem
+from edge.delta.files import write_atomic
+from edge.identity.keys import new_key, pair_pem
 from edge.identity.tls import client_context
 from edge.process import listen_address
 from protos.errors import StorageError
@@ -172,23 +169,8 @@ class Security:
             StorageError: its certificate cannot be stored.
         """
         now = self._clock()
-        if not self._pair_lasts(now):
+        if self._authority.lasting(self._pair, now=now) is None:
             key = new_key()
             certificate = self._authority.cloud(key.public_key(), now=now)
-            pem = private_pem(key) + certificate.public_bytes(Encoding.PEM)
-            write_atomic(self._pair, pem, mode=0o600)
+            write_atomic(self._pair, pair_pem(key, certificate), mode=0o600)
         return client_context(pair=self._pair, authorities=self._authority.pem)
-
-    def _pair_lasts(self, now: float) -> bool:
-        if not self._pair.exists():
-            return False
-        try:
-            with storage_errors(f"reading {self._pair}"):
-                there = x509.load_pem_x509_certificate(self._pair.read_bytes())
-        except ValueError:
-            return False
-        begin = there.not_valid_before_utc.timestamp()
-        life = there.not_valid_after_utc.timestamp() - begin
-        return (
-            there.issuer == self._authority.certificate.subject and now < begin + RENEWABLE * life
-        )

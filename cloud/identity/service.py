@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from grpc import aio
 
 from cloud.fleet.service import Errors, bind
-from cloud.identity.registry import RENEWABLE
+from cloud.identity.authority import RENEWABLE
 from edge.identity.keys import new_key, private_pem
 from protos.errors import AnabranchError
 from protos.v1 import identity_pb2, identity_pb2_grpc
@@ -36,7 +36,10 @@ _MAX_CALLS = 64
 class _Certificates:
     """Hands out certificates and counts them."""
 
-    def __init__(self, *, keeper: RosterKeeper, metrics: IdentityMetrics) -> None:
+    def __init__(
+        self, *, registry: Registry, keeper: RosterKeeper, metrics: IdentityMetrics
+    ) -> None:
+        self._registry = registry
         self._keeper = keeper
         self._metrics = metrics
 
@@ -54,12 +57,6 @@ class _Certificates:
 
 class EnrolmentService(_Certificates, identity_pb2_grpc.EnrolmentServicer):
     """Trades one-time tokens for certificates."""
-
-    def __init__(
-        self, *, registry: Registry, keeper: RosterKeeper, metrics: IdentityMetrics
-    ) -> None:
-        super().__init__(keeper=keeper, metrics=metrics)
-        self._registry = registry
 
     async def Enroll(  # noqa: N802 - the name is the protocol's
         self,
@@ -84,8 +81,7 @@ class RenewalService(_Certificates, identity_pb2_grpc.RenewalServicer):
         metrics: IdentityMetrics,
         access: CertificateAccess,
     ) -> None:
-        super().__init__(keeper=keeper, metrics=metrics)
-        self._registry = registry
+        super().__init__(registry=registry, keeper=keeper, metrics=metrics)
         self._access = access
 
     async def Renew(  # noqa: N802 - the name is the protocol's

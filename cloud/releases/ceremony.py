@@ -30,7 +30,7 @@ from cloud.releases.metadata import (
     missing_of_root,
     sign,
 )
-from edge.delta.files import storage_errors, write_atomic
+from edge.delta.files import storage_errors, write_atomic, write_changed
 from edge.update import manifest as manifests
 from protos.errors import IntegrityError, InvalidInputError
 
@@ -96,9 +96,9 @@ class Ceremony:
                 (self._folder / part).mkdir(parents=True, exist_ok=True)
             self._put_manifests(new)
             for role, data in published.items():
-                _write(self._folder / PUBLISHED / f"{role}.json", data)
+                write_changed(self._folder / PUBLISHED / f"{role}.json", data)
             for role, metadata in proposed.items():
-                _write(self._folder / f"{role}.json", metadata.to_bytes())
+                write_changed(self._folder / f"{role}.json", metadata.to_bytes())
 
     def _put_manifests(self, new: Mapping[str, Callable[[], bytes]]) -> None:
         folder = self._folder / MANIFESTS
@@ -108,11 +108,6 @@ class Ceremony:
         for sha256, read in new.items():
             if not (folder / sha256).exists():
                 write_atomic(folder / sha256, read())
-
-
-def _write(path: Path, data: bytes) -> None:
-    if not path.exists() or path.read_bytes() != data:
-        write_atomic(path, data)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

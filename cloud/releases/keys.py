@@ -6,24 +6,20 @@ a key that is moved elsewhere cannot any more, and nothing else has to be told.
 
 from __future__ import annotations
 
-import os
-import stat
 from typing import TYPE_CHECKING
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    NoEncryption,
-    PrivateFormat,
     PublicFormat,
-    load_pem_private_key,
     load_pem_public_key,
 )
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from edge.delta.files import TEMPORARY, fsync_folder, storage_errors, write_atomic
-from protos.errors import IntegrityError, InvalidInputError
+from edge.delta.files import storage_errors, write_atomic
+from edge.identity.keys import load_private, private_pem
+from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +43,7 @@ def make(path: Path) -> CryptoSigner:
     key = Ed25519PrivateKey.generate()
     with storage_errors(f"writing a key to {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_private(path, key)
+    write_atomic(path, private_pem(key), mode=0o600)
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     write_atomic(path.with_suffix(PUBLIC), pem)
     return CryptoSigner(key)
@@ -64,17 +60,7 @@ def load(path: Path) -> CryptoSigner:
     if not path.exists():
         msg = f"{path} is not there: give the file of a private key, or bring it back"
         raise InvalidInputError(msg)
-    with storage_errors(f"reading the key in {path}"):
-        mode = stat.S_IMODE(path.stat().st_mode)
-        data = path.read_bytes()
-    if mode & 0o077:
-        msg = f"{path} has mode {mode:04o}, others may read it: chmod 600 it"
-        raise InvalidInputError(msg)
-    try:
-        key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        msg = f"{path} holds no private key that can be read ({error}): restore it from a backup"
-        raise IntegrityError(msg) from error
+    key = load_private(path)
     if not isinstance(key, Ed25519PrivateKey):
         msg = f"{path} holds a key that is not ed25519: restore the right one from a backup"
         raise InvalidInputError(msg)
@@ -114,17 +100,3 @@ def signers(folder: Path) -> dict[str, CryptoSigner]:
     """
     found = (load(path) for path in sorted(folder.glob(f"*{PRIVATE}")))
     return {signer.public_key.keyid: signer for signer in found}
-
-
-def _write_private(path: Path, key: Ed25519PrivateKey) -> None:
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    temporary = path.with_name(path.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    # Private from its first moment on: a chmod afterwards would leave a gap.
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(descriptor)
-    temporary.replace(path)
-    fsync_folder(path.parent)

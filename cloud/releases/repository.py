@@ -39,7 +39,7 @@ from cloud.releases.metadata import (
     successor,
     verified,
 )
-from edge.delta.files import write_atomic
+from edge.delta.files import write_changed
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ class Repository:
             self._seen = None
             signers = keys.signers(self._keys)
             while True:
-                root = self._propose_root(now)
-                targets = self._propose_targets(wanted, root or self._root, now)
+                root, targets = self._proposed()
+                root = self._propose_root(root, now)
+                targets = self._propose_targets(targets, wanted, root or self._root, now)
                 roots = [r.signed for r in (self._root, root) if r is not None]
                 if root is not None:
                     sign(root, ROOT, signers.values(), roots=roots)
@@ -182,16 +183,18 @@ class Repository:
             targets = None
         return root, targets
 
-    def _propose_root(self, now: float) -> Metadata[Root] | None:
-        root = self._proposed()[0]
-        if root is not None or now < self._renewal(self._root):
-            return root
+    def _propose_root(self, proposed: Metadata[Root] | None, now: float) -> Metadata[Root] | None:
+        if proposed is not None or now < self._renewal(self._root):
+            return proposed
         return Metadata(successor(self._root.signed, self._lifetimes, now))
 
     def _propose_targets(
-        self, wanted: Mapping[str, Blob], judge: Metadata[Root], now: float
+        self,
+        proposed: Metadata[Targets] | None,
+        wanted: Mapping[str, Blob],
+        judge: Metadata[Root],
+        now: float,
     ) -> Metadata[Targets] | None:
-        proposed = self._proposed()[1]
         if proposed is not None and self._may_replace(proposed, now):
             return proposed  # whatever is wanted by now: people have signed it
         needed = (
@@ -365,9 +368,7 @@ class Repository:
         return tuple((path.name, path.stat().st_mtime_ns) for path in files)
 
     def _give_out(self) -> None:
-        data = self._root.to_bytes()
-        if not self._for_devices.exists() or self._for_devices.read_bytes() != data:
-            write_atomic(self._for_devices, data)
+        write_changed(self._for_devices, self._root.to_bytes())
 
     def _show(self) -> None:
         for metadata in (self._root, self._targets, self._snapshot, self._timestamp):

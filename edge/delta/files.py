@@ -105,10 +105,12 @@ class AtomicFile:
     def __enter__(self) -> Self:
         with storage_errors(f"creating {self._temporary}"):
             flags = os.O_RDWR | os.O_CREAT | (0 if self._resume else os.O_TRUNC)
-            self._descriptor = os.open(
-                self._temporary, flags, 0o644 if self._mode is None else 0o600
-            )
-            if self._mode is not None:
+            if self._mode is None:
+                self._descriptor = os.open(self._temporary, flags, 0o644)
+            else:
+                # A new file: nobody has one open that was there and that everybody could read.
+                self._temporary.unlink(missing_ok=True)
+                self._descriptor = os.open(self._temporary, flags | os.O_EXCL, 0o600)
                 os.fchmod(self._descriptor, self._mode)
             os.lseek(self._descriptor, 0, os.SEEK_END)
         return self
@@ -180,3 +182,16 @@ def write_atomic(path: Path, data: bytes, *, mode: int | None = None) -> None:
     with AtomicFile(path, mode=mode) as file:
         file.write(data)
         file.commit()
+
+
+def write_changed(path: Path, data: bytes, *, mode: int | None = None) -> bool:
+    """Like :func:`write_atomic`, where ``path`` holds something else; whether it did.
+
+    Raises:
+        StorageError: the disk is full or failed; the old content is still there.
+    """
+    with storage_errors(f"reading {path}"):
+        if path.exists() and path.read_bytes() == data:
+            return False
+    write_atomic(path, data, mode=mode)
+    return True

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge.delta.files import storage_errors, write_atomic
-from edge.identity.keys import load_key, new_key, private_pem
+from edge.identity.keys import load_key, new_key, pair_pem, private_pem
 from protos.errors import IntegrityError, InvalidInputError
 from protos.identity import device_of, device_uri
 
@@ -131,8 +131,7 @@ def store_identity(
         msg = "the cloud gave a certificate that its own authority (ca.pem) did not sign"
         raise IntegrityError(msg)
     write_atomic(folder / AUTHORITIES, authorities, mode=0o644)
-    pem = private_pem(key) + given.public_bytes(Encoding.PEM)
-    write_atomic(folder / IDENTITY, pem, mode=0o600)
+    write_atomic(folder / IDENTITY, pair_pem(key, given), mode=0o600)
     return Identity(folder, device, key, given, authorities)
 
 

@@ -28,7 +28,7 @@ from tuf.api.exceptions import (
 from tuf.api.metadata import Metadata, Root
 from tuf.ngclient import Updater, UpdaterConfig
 
-from edge.delta.files import make_folder, set_aside, storage_errors, write_atomic
+from edge.delta.files import make_folder, set_aside, storage_errors, write_atomic, write_changed
 from edge.update.manifest import MAX_MANIFEST_BYTES
 from edge.update.tuf_fetcher import METADATA, TARGETS, Fetcher
 from protos.errors import (
@@ -244,9 +244,7 @@ class _Updater(Updater):
         return self._trusted_set.timestamp.expires.timestamp()
 
     def _persist_file(self, filename: str, data: bytes) -> None:
-        path = Path(filename)
-        if not path.exists() or path.read_bytes() != data:
-            write_atomic(path, data)
+        write_changed(Path(filename), data)
 
     def _update_root_symlink(self) -> None:
         """Nothing reads it where the root is given at each start."""
