@@ -21,10 +21,10 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.repository import Repository
-from cloud.releases.store import WEIGHTS, ReleaseStore
+from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import REST, Plan
+from edge.student.bundle import WEIGHTS
 from protos.grpc_options import MAX_CHUNK_BYTES, SERVER
 from protos.harness import Harness
 from protos.v1 import fleet_pb2, fleet_pb2_grpc, release_pb2
@@ -85,7 +85,6 @@ async def run(folder: Path, delta_bytes: int) -> None:
     store = ReleaseStore(
         folder=folder,
         engine=engine,
-        repository=Repository(state=folder, clock=time.time, registry=registry),
         clock=time.time,
         registry=registry,
     )

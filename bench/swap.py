@@ -33,7 +33,6 @@ from rich.table import Table
 from bench import engines, setup, student
 from cloud.db import open_database
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
@@ -107,7 +106,6 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=open_database(folder / "cloud.sqlite"),
-            repository=Repository(state=folder, clock=time.time, registry=registry),
             clock=time.time,
             registry=registry,
         )

@@ -17,9 +17,8 @@ from cloud.curator_metrics import CuratorMetrics
 from cloud.gate.gate import GateConfig
 from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.policy import PolicyConfig, Situation, decide
-from cloud.releases.store import WEIGHTS
 from cloud.rollout.state import Phase
-from edge.student.bundle import sha256_file
+from edge.student.bundle import WEIGHTS, sha256_file
 from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, release_pb2
 

@@ -39,7 +39,6 @@ from cloud.identity.security import Security, TlsConfig
 from cloud.identity.service import serve_enrolment
 from cloud.jobs import Jobs
 from cloud.releases.metadata import Lifetimes
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
@@ -128,18 +127,12 @@ async def _serve(config: CloudConfig, bundle: Path, masters: Path) -> None:
         engine = db.open_database(config.state / "cloud.sqlite")
         stack.callback(engine.dispose)
         evidence = EvidenceStore(engine, clock=time.time)
-        repository = Repository(
-            state=config.state,
-            clock=time.time,
-            registry=registry,
-            lifetimes=config.lifetimes,
-        )
         releases = ReleaseStore(
             folder=config.state,
             engine=engine,
-            repository=repository,
             clock=time.time,
             registry=registry,
+            lifetimes=config.lifetimes,
         )
         driver = RolloutDriver(engine=engine, clock=time.time, registry=registry, plan=config.plan)
         jobs = Jobs(config.state / "jobs")

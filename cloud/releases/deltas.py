@@ -13,6 +13,7 @@ from cloud.db import read, write
 from cloud.releases.tables import DeltaRow
 from edge import delta
 from edge.delta.files import storage_errors
+from edge.student.bundle import WEIGHTS
 from protos.errors import IntegrityError
 from protos.v1 import release_pb2
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from edge.student.bundle import BundleFile
 
 _BLOCK = 1 << 20
-_WEIGHTS, _LAYOUT = "weights.bin", "student.json"
+_LAYOUT = "student.json"
 _UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -88,11 +89,11 @@ class DeltaStore:
         """The delta between the weights of two bundles, where there is one; see :meth:`between`."""
         before = {f.name: f.sha256 for f in old}
         after = {f.name: f.sha256 for f in new}
-        if before[_WEIGHTS] == after[_WEIGHTS]:
+        if before[WEIGHTS] == after[WEIGHTS]:
             return []
         found = self.between(
-            before[_WEIGHTS],
-            after[_WEIGHTS],
+            before[WEIGHTS],
+            after[WEIGHTS],
             base_layout=self._layout(before[_LAYOUT]),
             target_layout=self._layout(after[_LAYOUT]),
             updates=updates,

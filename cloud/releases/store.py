@@ -19,6 +19,7 @@ from cloud.releases.before_tuf import take_over
 from cloud.releases.blobs import Blob, Blobs
 from cloud.releases.bundles import BundleFolders
 from cloud.releases.deltas import DeltaStore
+from cloud.releases.repository import Repository
 from cloud.releases.rows import ReleaseRows, path
 from cloud.releases.tables import ReleaseRow
 from edge.student import bundle as bundles
@@ -34,12 +35,11 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from sqlalchemy import Engine
 
-    from cloud.releases.repository import Repository
+    from cloud.releases.metadata import Lifetimes
     from edge.delta import Update
 
 _log = logging.getLogger(__name__)
 
-WEIGHTS = "weights.bin"
 _DELTA_BASES = 2
 
 
@@ -72,23 +72,25 @@ class ReleaseStore:
         *,
         folder: Path,
         engine: Engine,
-        repository: Repository,
         clock: Callable[[], float],
         registry: CollectorRegistry,
+        lifetimes: Lifetimes | None = None,
     ) -> None:
         """Open the store.
 
         Args:
             folder: the cloud's state folder; ``blobs/`` and ``bundles/`` in it are the store's.
             engine: from :func:`cloud.db.open_database`.
-            repository: makes devices believe manifests.
             clock: seconds since the epoch.
-            registry: where the gauges of the newest release go.
+            registry: where the gauges of the newest release and of signed metadata go.
+            lifetimes: how long signed metadata lasts.
         """
         self._rows = ReleaseRows(engine)
         self.blobs = Blobs(folder=folder / "blobs")
         self._bundles = BundleFolders(folder=folder / "bundles", blobs=self.blobs)
-        self._repository = repository
+        self._repository = Repository(
+            state=folder, clock=clock, registry=registry, lifetimes=lifetimes
+        )
         self._clock = clock
         self._deltas = DeltaStore(blobs=self.blobs, engine=engine)
         self._lock = threading.Lock()

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-FILES = ("graph.onnx", "weights.bin", "tokenizer.json", "student.json", "harness.json")
+WEIGHTS = "weights.bin"
+FILES = ("graph.onnx", WEIGHTS, "tokenizer.json", "student.json", "harness.json")
 
 
 @dataclass(frozen=True)

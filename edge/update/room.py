@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edge.student.bundle import WEIGHTS
 from edge.update.probe import resident_bytes
 
 _PER_WEIGHT = 1.3  # bytes that a session takes for each byte of its weights file, measured
@@ -55,7 +56,7 @@ def available_bytes(group: Path | None = None, meminfo: Path = _MEMINFO) -> int 
 def has_room(bundle: Path, *, limit: int) -> bool:
     """Whether the student in ``bundle`` can be opened beside the one that serves."""
     try:
-        weights = (bundle / "weights.bin").stat().st_size
+        weights = (bundle / WEIGHTS).stat().st_size
     except OSError:
         return True  # opening it will say what is wrong
     return enough(

@@ -235,11 +235,9 @@ def test_keys_go_offline_and_a_release_is_signed_by_hand(
 ) -> None:
     """The whole ceremony as an operator types it."""
     state, registry = tmp_path / "state", CollectorRegistry()
-    repository = Repository(state=state, clock=time.time, registry=registry)
+    state.mkdir()
     engine = open_database(state / "cloud.sqlite")
-    store = ReleaseStore(
-        folder=state, engine=engine, repository=repository, clock=time.time, registry=registry
-    )
+    store = ReleaseStore(folder=state, engine=engine, clock=time.time, registry=registry)
     bundle = tmp_path / "bundle"
     bundle.mkdir()
     for name in FILES:

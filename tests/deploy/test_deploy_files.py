@@ -24,7 +24,6 @@ from cloud.evidence.store import EvidenceStore
 from cloud.fleet.service import FleetService
 from cloud.identity.metrics import IdentityMetrics
 from cloud.jobs import Jobs
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from edge.identity.metrics import CertificateMetrics
@@ -59,7 +58,6 @@ def sample_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     releases = ReleaseStore(
         folder=state,
         engine=engine,
-        repository=Repository(state=state, clock=time.time, registry=cloud),
         clock=time.time,
         registry=cloud,
     )

@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database, read
 from cloud.fleet.service import FleetService, serve
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.releases.tables import ReleaseRow
 from cloud.rollout.driver import RolloutDriver
@@ -45,7 +44,6 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=self.engine,
-            repository=Repository(state=folder, clock=lambda: 1e9, registry=self.registry),
             clock=lambda: 1e9,
             registry=self.registry,
         )

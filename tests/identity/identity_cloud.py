@@ -15,7 +15,6 @@ from cloud.fleet.service import FleetService, serve
 from cloud.identity.access import FleetLimits
 from cloud.identity.security import Security, TlsConfig, open_registry
 from cloud.identity.service import serve_enrolment
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.plan import Plan
@@ -80,7 +79,6 @@ class Cloud:
         self.store = ReleaseStore(
             folder=folder,
             engine=self.engine,
-            repository=Repository(state=folder, clock=time.time, registry=self.metrics),
             clock=time.time,
             registry=self.metrics,
         )

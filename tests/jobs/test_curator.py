@@ -15,7 +15,6 @@ from cloud.guarding import Guarding
 from cloud.jobs import Job, Jobs
 from cloud.policy import PolicyConfig
 from cloud.releases import ceremony, keys
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.events import Abort, Bring, Outcome, Report, Resume
@@ -86,7 +85,6 @@ class Cloud:
         self.releases = ReleaseStore(
             folder=self.folder,
             engine=self.engine,
-            repository=Repository(state=self.folder, clock=clock, registry=self.registry),
             clock=clock,
             registry=self.registry,
         )

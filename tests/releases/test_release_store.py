@@ -14,7 +14,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cloud.db import open_database, read
-from cloud.releases.repository import Repository
 from cloud.releases.store import Release, ReleaseStore
 from cloud.releases.tables import ReleaseRow
 from edge import delta as deltas
@@ -66,7 +65,6 @@ def open_store(tmp_path: Path, engine: Engine) -> Callable[..., ReleaseStore]:
         return ReleaseStore(
             folder=tmp_path / "state",
             engine=engine,
-            repository=Repository(state=tmp_path / "state", clock=clock, registry=registry),
             clock=clock,
             registry=registry,
         )
@@ -277,14 +275,12 @@ _KILLED = """
 import os, pathlib, signal, sys
 from prometheus_client import CollectorRegistry
 from cloud.db import open_database
-from cloud.releases.repository import Repository
 from cloud.releases.store import ReleaseStore
 from protos.v1 import release_pb2
 
 registry = CollectorRegistry()
 state, bundle = map(pathlib.Path, sys.argv[1:])
 store = ReleaseStore(folder=state, engine=open_database(state / "cloud.db"), clock=lambda: 0.0,
-                     repository=Repository(state=state, clock=lambda: 0.0, registry=registry),
                      registry=registry)
 store._rows.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 store.publish(bundle, channel="home", canaries=[], bounds=release_pb2.ProbeBounds())
@@ -479,7 +475,6 @@ def test_a_database_that_was_lost_leaves_the_files(
     again = type(store)(
         folder=tmp_path / "state",
         engine=engine,
-        repository=Repository(state=tmp_path / "state", clock=clock, registry=registry),
         clock=clock,
         registry=registry,
     )

@@ -65,7 +65,6 @@ async def run(folder: Path, *, tls: bool) -> None:
     from cloud.fleet.service import FleetService, serve
     from cloud.identity.security import Security, TlsConfig, open_registry
     from cloud.identity.service import serve_enrolment
-    from cloud.releases.repository import Repository
     from cloud.releases.store import ReleaseStore
     from cloud.rollout.driver import RolloutDriver
 
@@ -74,7 +73,6 @@ async def run(folder: Path, *, tls: bool) -> None:
     store = ReleaseStore(
         folder=folder,
         engine=engine,
-        repository=Repository(state=folder, clock=time.time, registry=registry),
         clock=time.time,
         registry=registry,
     )
