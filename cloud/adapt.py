@@ -22,31 +22,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from cloud.encoder import Encoder
 from cloud.gate import gate
 from cloud.learners import prompts
 from cloud.learners.checkpoint import remove_checkpoints
 from cloud.learners.config import LearnerConfig
-from cloud.learners.course import Control, Course, Lesson, Outcome, StepReport
+from cloud.learners.course import Control, Course, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
 from cloud.learners.model import Example, SplitModel
-from cloud.students.export import write_back
+from cloud.students.candidates import DELTA_SHARE, Candidate, Work, candidates
 from cloud.students.importer import ANSWERS
+from edge.delta import save_updates
 from edge.delta.files import write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
 from protos.errors import AnabranchError, TrainingError
-from protos.prompt import Message, Shown, chat, render
+from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
 log = logging.getLogger("anabranch.adapt")
 
-# The teacher's prompt of the paper (Shenfeld et al., arXiv 2601.19897, section 3).
-_PROSE = (
-    "{request}\n\nThis is an example for a response to the question:\n{answer}\n\n"
-    "Now answer with a response of your own, including the thinking process:"
-)
+CANDIDATE, LEARNT, UPDATES = "candidate", "learnt.safetensors", "updates.npz"
 _LONGEST = 1024  # tokens of a demonstration as the teacher sees it; memory grows with the square
 
 
@@ -56,6 +54,8 @@ class Spec:
 
     ``masters`` is the imported fp32 model, ``learnt`` the parameters that earlier releases changed
     (None before the first). ``base`` is the bundle first imported, ``current`` the one in service.
+    ``release`` is the number of that one; ``delta_share`` the most that an update by products may
+    take, of the bytes of the weights.
     """
 
     masters: Path
@@ -69,6 +69,8 @@ class Spec:
     threads: int = 2
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: gate.GateConfig = field(default_factory=gate.GateConfig)
+    release: int = 0
+    delta_share: float = DELTA_SHARE
 
     def to_json(self) -> str:
         """``spec.json``."""
@@ -135,43 +137,6 @@ class Progress:
         write_atomically(self._path, json.dumps(note | more))
 
 
-class Encoder:
-    """Turns chats and answers into the learners' token sequences."""
-
-    def __init__(self, tokenizer: Tokenizer, system: str, eos: int) -> None:
-        self._tokenizer = tokenizer
-        self._system = system
-        self._eos = eos
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def example(
-        self, messages: Sequence[Message], answer: str, shown: Sequence[Shown] = ()
-    ) -> Example:
-        """A chat with its answer; the end-of-answer token belongs to the answer."""
-        whole = self._ids(render(chat(self._system, messages, shown)))
-        prefix = self._ids(render([Message("system", self._system)], answer=False))
-        if whole[: len(prefix)] != prefix:  # the request brought its own system message
-            prefix = ()
-        return Example(prefix, whole[len(prefix) :], (*self._ids(answer), self._eos))
-
-    def lesson(self, shown: Shown, config: LearnerConfig) -> Lesson:
-        """A demonstration as student and teacher see it.
-
-        Shown twice as turns, the teacher copies it always; shown once, in nine cases of ten; from
-        prose, a model of 135M never does.
-        """
-        student = self.example(shown.messages, shown.answer)
-        if config.teacher_prompt == "turns":
-            teacher = self.example(shown.messages, shown.answer, [shown] * config.shown)
-        else:
-            *before, last = shown.messages
-            asked = Message(last.role, _PROSE.format(request=last.content, answer=shown.answer))
-            teacher = self.example((*before, asked), shown.answer)
-        return Lesson(student, teacher)
-
-
 def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
     """Do the job in the folder ``job``; returns what ``result.json`` holds.
 
@@ -188,23 +153,8 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     progress = Progress(job / "progress.json", clock)
     began = clock()
     outcome = learn(spec, Control(clock, _report(progress), _phase(progress), job))
-    learnt, seconds = outcome.parameters, clock() - began
-    progress("write the student", 0.8)
-    save_file(learnt, job / "learnt.safetensors")
-    candidate, general = job / "candidate", _said(spec)
-    changed = write_back(spec.base, learnt, read_harness(spec.current), candidate)
-    verdict = gate.run(
-        gate.GateInput(
-            base=spec.base,
-            current=spec.current,
-            candidate=candidate,
-            new=spec.held_out,
-            earlier=spec.earlier,
-            general=tuple((p, general[p]) for p in prompts.GATE),
-        ),
-        spec.gate,
-        lambda phase, part: progress(phase, 0.82 + 0.18 * part),
-    )
+    seconds = clock() - began
+    candidate, verdict = _judged(spec, outcome.parameters, job, progress)
     left_out = [i for i, d in enumerate(whole.train) if d not in spec.train]
     if left_out:
         log.warning("%d demonstrations are too long to learn from: left out", len(left_out))
@@ -212,8 +162,11 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     result = {
         "passed": verdict.passed,
         "checks": verdict.to_json(),
-        "student": digest(candidate),
-        "changed_codes": changed,
+        "student": digest(job / CANDIDATE),
+        "update": candidate.way,
+        "delta_bytes": candidate.delta_bytes,
+        "noise": round(candidate.noise, 3),
+        "changed_codes": candidate.changed,
         "method": outcome.method,
         "steps": outcome.steps,
         "stopped": outcome.stopped,
@@ -232,6 +185,47 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     remove_checkpoints(job)
     progress("done", 1.0)
     return result
+
+
+def _judged(
+    spec: Spec, learnt: dict[str, torch.Tensor], job: Path, progress: Progress
+) -> tuple[Candidate, gate.Verdict]:
+    """Write the smallest candidate that passes the gate, or the last one, and what it holds."""
+    work = Work(
+        masters=spec.masters,
+        before=load_file(spec.learnt) if spec.learnt else {},
+        learnt=learnt,
+        base=spec.base,
+        current=spec.current,
+        release=spec.release,
+    )
+    bundle, general = job / CANDIDATE, _said(spec)
+    judged: tuple[Candidate, gate.Verdict] | None = None
+    progress("write the student", 0.8)
+    for candidate in candidates(work, bundle, share=spec.delta_share):
+        verdict = gate.run(
+            gate.GateInput(
+                base=spec.base,
+                current=spec.current,
+                candidate=bundle,
+                new=spec.held_out,
+                earlier=spec.earlier,
+                general=tuple((p, general[p]) for p in prompts.GATE),
+            ),
+            spec.gate,
+            lambda phase, part: progress(phase, 0.82 + 0.18 * part),
+        )
+        judged = candidate, verdict
+        if verdict.passed:
+            break
+        log.info("the gate refuses the update by %s: %s", candidate.way, verdict.to_json())
+    assert judged is not None  # noqa: S101  # codes can always be written
+    save_file(judged[0].parameters, job / LEARNT)
+    if judged[0].updates:
+        save_updates(judged[0].updates, job / UPDATES)
+    else:
+        (job / UPDATES).unlink(missing_ok=True)  # of a run that was killed
+    return judged
 
 
 def fitting(spec: Spec) -> Spec:

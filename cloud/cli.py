@@ -136,6 +136,10 @@ def cloud(
     max_base_kl: Annotated[
         float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
     ] = 0.2,
+    delta_share: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Most that an update takes, of the student; 0: any size."),
+    ] = 1 / 60,
     plan: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
@@ -183,6 +187,7 @@ def cloud(
         learner=LearnerConfig.named(learner, steps=steps, budget_seconds=budget),
         gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
         threads=threads,
+        delta_share=delta_share,
     )
     service.run(
         service.CloudConfig(

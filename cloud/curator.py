@@ -18,7 +18,8 @@ from cloud.gate.gate import GateConfig
 from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.policy import PolicyConfig, Situation, decide
 from cloud.rollout.state import Phase
-from edge.student.bundle import WEIGHTS, sha256_file
+from cloud.students.candidates import DELTA_SHARE
+from edge.student.bundle import WEIGHTS, digest, sha256_file
 from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, release_pb2
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cloud.jobs import Job, Jobs
     from cloud.releases.store import Release, ReleaseStore
     from cloud.rollout.driver import RolloutDriver
+    from edge.delta import Update
     from protos.prompt import Shown
 
 log = logging.getLogger("anabranch.curator")
@@ -47,7 +49,8 @@ class CuratorConfig:
     """When to adapt, how to learn, what to ask of a candidate, and what devices check.
 
     ``probe_equal_share`` (0..1) of the canaries must come out as the gate saw them on the device,
-    each within ``probe_seconds``.
+    each within ``probe_seconds``. ``delta_share`` is the most that an update by products may take,
+    of the bytes of the weights; 0: every changed code is sent.
     """
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -56,6 +59,7 @@ class CuratorConfig:
     threads: int = 2
     probe_equal_share: float = 0.6
     probe_seconds: float = 30.0
+    delta_share: float = DELTA_SHARE
 
 
 class Curator:
@@ -294,6 +298,8 @@ class Curator:
             threads=self._config.threads,
             learner=self._config.learner,
             gate=self._config.gate,
+            release=latest.version,
+            delta_share=self._config.delta_share,
         )
         evidence = job_rules.Evidence(tuple(d.id for d in learn), tuple(d.id for d in held))
         job = self._jobs.create(spec, evidence)
@@ -353,6 +359,7 @@ class Curator:
             ),
             gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
             fallback=self._fallback(),
+            updates=_fitting(job.updates, spec, latest),
         )
 
     def _fallback(self) -> int:
@@ -371,6 +378,12 @@ class Curator:
         for check in result["checks"]:
             self._metrics.value.labels(self._channel, check["name"]).set(check["value"])
             self._metrics.bound.labels(self._channel, check["name"]).set(check["bound"])
+
+
+def _fitting(updates: list[Update], spec: Spec, latest: Release | None) -> list[Update]:
+    """A job's products, unless another release came between: they turn its ``current`` only."""
+    found = latest is not None and latest.student == digest(spec.current)
+    return updates if found else []
 
 
 def _canary(shown: Shown) -> release_pb2.Canary:

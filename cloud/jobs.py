@@ -17,7 +17,8 @@ import sys
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from cloud.adapt import Spec, write_atomically, write_failure
+from cloud.adapt import CANDIDATE, LEARNT, UPDATES, Spec, write_atomically, write_failure
+from edge.delta import load_updates
 from edge.delta.files import storage_errors
 from edge.process import PARENT
 from protos.prompt import Message, Shown
@@ -26,6 +27,8 @@ from protos.v1 import device_pb2
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
+
+    from edge.delta import Update
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
@@ -84,12 +87,23 @@ class Job:
     @property
     def candidate(self) -> Path:
         """The bundle it made."""
-        return self.folder / "candidate"
+        return self.folder / CANDIDATE
 
     @property
     def learnt(self) -> Path:
         """fp32 parameters that differ from the imported model."""
-        return self.folder / "learnt.safetensors"
+        return self.folder / LEARNT
+
+    @property
+    def updates(self) -> list[Update]:
+        """Products that turn the codes it found in service into the candidate's; none: codes.
+
+        Raises:
+            IntegrityError: the file is damaged.
+            StorageError: it cannot be read.
+        """
+        path = self.folder / UPDATES
+        return load_updates(path) if path.exists() else []
 
     def published(self, version: int) -> None:
         """Note that a release was made of it."""

@@ -96,9 +96,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_student(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny student, imported: ``bundle/`` and ``masters/``."""
+    return _imported(tiny_folder, tmp_path_factory.mktemp("tiny-student") / "student")
+
+
+@pytest.fixture(scope="session")
+def wide_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like the tiny student, and wide enough for low-rank products to pay."""
+    folder = make_tiny_folder(tmp_path_factory.mktemp("wide-model"), hidden=256)
+    return _imported(folder, tmp_path_factory.mktemp("wide-student") / "student")
+
+
+def _imported(folder: Path, out: Path) -> Path:
     from cloud.students.importer import bring_in
     from protos.harness import Harness
 
-    out = tmp_path_factory.mktemp("tiny-student") / "student"
-    bring_in(tiny_folder, Harness(system="Be brief.", max_tokens=12), out, lambda *_: None)
+    bring_in(folder, Harness(system="Be brief.", max_tokens=12), out, lambda *_: None)
     return out

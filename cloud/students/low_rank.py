@@ -20,10 +20,10 @@ import torch
 from cloud.students.export import tensors_of, write_back
 from edge import delta
 from edge.delta.payload import pack_factors
-from edge.student.bundle import read_config
+from edge.student.bundle import WEIGHTS, read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from protos.harness import Harness
@@ -47,7 +47,7 @@ class _Matrix:
     sizes: npt.NDArray[np.float64]
     right: npt.NDArray[np.float64]
 
-    def update(self, step: float) -> delta.Update | None:
+    def update(self, step: float, phase: int) -> delta.Update | None:
         """The factors on a grid of width ``step``; None: nothing is left of them."""
         left, width = _rounded(self.left * self.sizes, step)
         right, height = _rounded(self.right * self.sizes, step)
@@ -55,28 +55,54 @@ class _Matrix:
         if not kept.any():
             return None
         weights = (width * height / self.sizes)[kept]
-        factors = delta.Factors.of(left[:, kept], right[:, kept], weights, self.smallest_scale)
+        factors = delta.Factors.of(
+            left[:, kept], right[:, kept], weights, self.smallest_scale, phase
+        )
         return delta.Update(self.tensor, self.first, factors)
 
 
-def products(bundle: Path, before: State, learnt: State, *, budget: int) -> list[delta.Update]:
+def products(
+    bundle: Path, before: State, learnt: State, *, budget: int, phase: int = 0
+) -> list[delta.Update]:
     """The best products for the updates of all matrices in some ``budget`` bytes.
 
     Args:
         bundle: holds the codes and scales that the products will be added to.
-        before: parameters that the bundle's codes were written from, fp32 by torch name.
+        before: parameters that the bundle's codes stand for, fp32 by torch name; of fused tensors
+            all that are in them.
         learnt: parameters to come near to.
         budget: bytes of all factors.
+        phase: of the dither; another for each release.
+
+    Raises:
+        InvalidInputError: a matrix is too large for products, or its update for its scales.
     """
     torch.manual_seed(0)  # svd_lowrank draws
     matrices = _matrices(bundle, before, learnt)
     low, high = _OCTAVES
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        found = _on_grid(matrices, middle)
+        found = _on_grid(matrices, middle, phase)
         fits = sum(len(pack_factors([u], [u.tensor])) for u in found) <= budget
         low, high = (low, middle) if fits else (middle, high)
-    return _on_grid(matrices, high)
+    return _on_grid(matrices, high, phase)
+
+
+def reached(
+    bundle: Path, before: State, learnt: State, updates: Sequence[delta.Update]
+) -> dict[str, torch.Tensor]:
+    """The parameters that codes stand for with the products added: all names of ``learnt``.
+
+    Arguments as for :func:`products`, and what it gave. Norms are sent as they were learnt.
+    """
+    added = {(update.tensor.offset, update.first): update.factors for update in updates}
+    found = {n: (v if v.ndim == 1 else before[n]).float().contiguous() for n, v in learnt.items()}
+    for offset, first, name in _places(bundle, before):
+        factors = added.get((offset, first))
+        if factors is not None:
+            product = torch.from_numpy(factors.dense())
+            found[name] = (found[name].double() + product).float()
+    return found
 
 
 def write_products(
@@ -94,7 +120,7 @@ def write_products(
     norms = {name: value for name, value in learnt.items() if value.ndim == 1}
     work = out.with_name(out.name + ".products")
     write_back(base, norms, harness, work)
-    weights = np.memmap(work / "weights.bin", dtype=np.uint8, mode="r+")
+    weights = np.memmap(work / WEIGHTS, dtype=np.uint8, mode="r+")
     for update in updates:
         rows = slice(update.first, update.first + len(update.factors.left))
         codes = weights[update.start : update.stop].reshape(-1, update.tensor.columns)
@@ -105,26 +131,30 @@ def write_products(
     work.replace(out)
 
 
-def _on_grid(matrices: Sequence[_Matrix], octave: float) -> list[delta.Update]:
-    found = (matrix.update(2.0**octave) for matrix in matrices)
+def _on_grid(matrices: Sequence[_Matrix], octave: float, phase: int) -> list[delta.Update]:
+    found = (matrix.update(2.0**octave, phase) for matrix in matrices)
     return [update for update in found if update is not None]
 
 
-def _matrices(bundle: Path, before: State, learnt: State) -> list[_Matrix]:
-    layout = read_config(bundle)
-    weights = np.memmap(bundle / "weights.bin", dtype=np.uint8, mode="r")
-    sources = {t.offset: t.sources for t in tensors_of(bundle).values()}
-    found = []
-    for tensor in delta.tensors_in(layout):
+def _places(bundle: Path, before: State) -> Iterator[tuple[int, int, str]]:
+    """Where each source's codes are: offset of its tensor, first row in it, and its torch name."""
+    for tensor in tensors_of(bundle).values():
         first = 0
-        scales = _scales(weights, tensor).view(np.float32)
-        for name in sources[tensor.offset]:
-            rows = len(before[name]) if name in before else 0
-            if name in learnt:
-                left, sizes, right = _decomposed(learnt[name].float() - before[name].float())
-                smallest = float(scales[first : first + rows].min())
-                found.append(_Matrix(tensor, first, smallest, left, sizes, right))
-            first += rows
+        for name in tensor.sources if tensor.dtype == "uint8" else ():
+            yield tensor.offset, first, name
+            first += len(before[name])
+
+
+def _matrices(bundle: Path, before: State, learnt: State) -> list[_Matrix]:
+    weights = np.memmap(bundle / WEIGHTS, dtype=np.uint8, mode="r")
+    tensors = {t.offset: t for t in delta.tensors_in(read_config(bundle))}
+    found = []
+    for offset, first, name in _places(bundle, before):
+        if name in learnt:
+            tensor, rows = tensors[offset], slice(first, first + len(learnt[name]))
+            scales = _scales(weights, tensor)[rows].view(np.float32)
+            left, sizes, right = _decomposed(learnt[name].float() - before[name].float())
+            found.append(_Matrix(tensor, first, float(scales.min()), left, sizes, right))
     return found
 
 

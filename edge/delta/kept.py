@@ -25,8 +25,11 @@ def save_updates(updates: Sequence[Update], path: Path) -> None:
     Raises:
         StorageError: the disk is full or failed.
     """
-    numbers = [(*astuple(u.tensor), u.first, u.factors.power, u.factors.fraction) for u in updates]
-    arrays: dict[str, Any] = {"numbers": np.array(numbers, np.int64).reshape(-1, 8)}
+    numbers = [
+        (*astuple(u.tensor), u.first, u.factors.power, u.factors.fraction, u.factors.phase)
+        for u in updates
+    ]
+    arrays: dict[str, Any] = {"numbers": np.array(numbers, np.int64).reshape(-1, 9)}
     for n, update in enumerate(updates):
         for name in ("left", "right", "weights"):
             arrays[f"{name}.{n}"] = getattr(update.factors, name)
@@ -51,8 +54,7 @@ def load_updates(path: Path) -> list[Update]:
                         arrays[f"left.{n}"],
                         arrays[f"right.{n}"],
                         arrays[f"weights.{n}"],
-                        power=int(row[6]),
-                        fraction=int(row[7]),
+                        *map(int, row[6:]),
                     ),
                 )
                 for n, row in enumerate(arrays["numbers"])

@@ -12,8 +12,8 @@ byte is filled with zeros. Its context says how large the scale of the first of 
 FACTORS::
 
     sets u32 | set ... | numbers
-    set: base offset u64 | tensor u32 | rows u32 | rank u16 | power i16 | fraction u8 | zero 3 bytes
-         | w u16 [rank] | contexts u8 [2, rank]
+    set: base offset u64 | tensor u32 | rows u32 | rank u16 | power i16 | fraction u8 | zero u8
+         | phase u16 | w u16 [rank] | contexts u8 [2, rank]
 
 The numbers are one sequence, for each set left [rank, rows] and then right [rank, columns]; a
 column of a factor has one context. Sets are in the order of their base offsets.
@@ -43,7 +43,7 @@ Contexts = npt.NDArray[np.uint8]
 
 _CODES = struct.Struct("<III")
 _SETS = struct.Struct("<I")
-_SET = struct.Struct("<QIIHhB3s")
+_SET = struct.Struct("<QIIHhBBH")
 _ESCAPE = 3
 _CONTEXTS = 16
 
@@ -136,7 +136,8 @@ def pack_factors(updates: Sequence[Update], tensors: Sequence[Tensor]) -> bytes:
                 rank,
                 some.power,
                 some.fraction,
-                bytes(3),
+                0,
+                some.phase,
             ),
             some.weights.astype("<u2").tobytes(),
             dense[start : start + 2 * rank].tobytes(),
@@ -158,9 +159,11 @@ def unpack_factors(payload: bytes, tensors: Sequence[Tensor]) -> list[Update]:
     at, room, stop = _SETS.size, MAX_NUMBERS, 0
     heads, spread = [], []
     for _ in range(count):
-        start, index, rows, rank, power, fraction, zero = _take(_SET, payload[at : at + _SET.size])
+        start, index, rows, rank, power, fraction, zero, phase = _take(
+            _SET, payload[at : at + _SET.size]
+        )
         at += _SET.size
-        if index >= len(tensors) or zero != bytes(3) or at + 4 * rank > len(payload):
+        if index >= len(tensors) or zero or at + 4 * rank > len(payload):
             _refuse("factors are of no tensor")
         tensor = tensors[index]
         first, rest = divmod(start - tensor.offset, tensor.columns)
@@ -176,18 +179,18 @@ def unpack_factors(payload: bytes, tensors: Sequence[Tensor]) -> list[Update]:
         weights = np.frombuffer(payload, "<u2", rank, at).astype(np.uint16)
         classes = np.frombuffer(payload, np.uint8, 2 * rank, at + 2 * rank)
         at += 4 * rank
-        heads.append((tensor, first, rows, weights, power, fraction))
+        heads.append((tensor, first, rows, weights, (power, fraction, phase)))
         spread.append(_spread(classes, (rows, tensor.columns)))
     contexts = np.concatenate([np.empty(0, np.uint8), *spread])
     numbers = rans.unpack(payload[at:], contexts.size, contexts).view(np.int8)
     updates = []
     at = 0
-    for tensor, first, rows, weights, power, fraction in heads:
+    for tensor, first, rows, weights, more in heads:
         rank = weights.size
         middle, end = at + rows * rank, at + (rows + tensor.columns) * rank
         left = numbers[at:middle].reshape(rank, rows).T
         right = numbers[middle:end].reshape(rank, tensor.columns).T
-        updates.append(Update(tensor, first, Factors(left, right, weights, power, fraction)))
+        updates.append(Update(tensor, first, Factors(left, right, weights, *more)))
         at = end
     return updates
 

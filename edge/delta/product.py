@@ -11,9 +11,10 @@ to code ``[i, j]`` is the product in steps of the code's scale, rounded by an or
 
 A scale is an fp32 number in the base file: ``mantissa * 2**exponent`` with 24 bits of mantissa. It
 must be normal and above zero. The dither of row i and column j of the product, from 0 on, is
-``(49472 * i + 37345 * j) mod 2**16``: the two-dimensional Kronecker sequence of the plastic number
-(Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018). It is why an update of
-a tenth of a step is not lost: one in ten codes takes it, spread evenly.
+``(49472 * i + 37345 * j + phase) mod 2**16``: the two-dimensional Kronecker sequence of the plastic
+number (Roberts, "The unreasonable effectiveness of quasirandom sequences", 2018). It is why an
+update of a tenth of a step is not lost: one in ten codes takes it, spread evenly. With another
+``phase`` other codes take it: else those of one update would take the next one's as well.
 
 The sums are computed in float64, where a product and a sum of integers below 2**53 are exact in
 any order.
@@ -36,6 +37,7 @@ MAX_RIGHT = 1 << 19
 """Numbers of a right factor, of which one is held at eight bytes each."""
 _SUM_BITS, _RATE_BITS = 38, 24
 _FRACTIONS = range(16, 61)
+_PHASES = range(1 << 16)
 _NOT_FINITE = 255
 """The exponent of what is infinite or no number; with a sign before it, it is higher."""
 _DITHER = (49472, 37345)
@@ -61,6 +63,7 @@ class Factors:
         weights: uint16 [rank], ``w``.
         power: of two, from the sum and the scale to the rate.
         fraction: bits below one step, 16 to 60.
+        phase: of the dither, 16 bits.
     """
 
     left: Signed
@@ -68,6 +71,7 @@ class Factors:
     weights: npt.NDArray[np.uint16]
     power: int
     fraction: int
+    phase: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be computed exactly, or not in bounded memory.
@@ -82,6 +86,7 @@ class Factors:
             and 0 < self.left.size <= MAX_NUMBERS
             and 0 < self.right.size <= MAX_RIGHT
             and self.fraction in _FRACTIONS
+            and self.phase in _PHASES
             and self._largest() < 1 << _SUM_BITS
         )
         if not right:
@@ -97,7 +102,12 @@ class Factors:
 
     @classmethod
     def of(
-        cls, left: Signed, right: Signed, weights: npt.NDArray[np.float64], scale: float
+        cls,
+        left: Signed,
+        right: Signed,
+        weights: npt.NDArray[np.float64],
+        scale: float,
+        phase: int = 0,
     ) -> Self:
         """Factors of ``left @ diag(weights) @ right.T``, the update of a matrix of weights.
 
@@ -106,6 +116,7 @@ class Factors:
             right: int8 [columns, rank].
             weights: [rank], not negative; kept to 16 bits of the largest.
             scale: the smallest scale of the matrix.
+            phase: of the dither.
 
         Raises:
             InvalidInputError: the update is too large for the scales, or nothing.
@@ -115,7 +126,7 @@ class Factors:
         fraction = _RATE_BITS - 1 + int(np.floor(np.log2(scale))) - unit
         fraction = min(fraction, _FRACTIONS[-1])
         try:
-            return cls(left, right, whole, unit + fraction, fraction)
+            return cls(left, right, whole, unit + fraction, fraction, phase)
         except IntegrityError as error:
             msg = f"an update cannot be sent as a product: {error}"
             raise InvalidInputError(msg) from error
@@ -124,6 +135,13 @@ class Factors:
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the matrix."""
         return len(self.left), len(self.right)
+
+    def dense(self) -> npt.NDArray[np.float64]:
+        """The update before it is rounded to steps: weights, [rows, columns]."""
+        sizes = np.ldexp(self.weights.astype(np.float64), self.power - self.fraction)
+        left, right = self.left.astype(np.float64), self.right.astype(np.float64)
+        product: npt.NDArray[np.float64] = (left * sizes) @ right.T
+        return product
 
 
 class Product:
@@ -139,7 +157,8 @@ class Product:
             factors.right.reshape(columns // block, block, rank).transpose(0, 2, 1), np.float64
         )
         self._height = max(min(_TILE // columns, _ONE_THREAD // (block * rank)), 1)
-        self._dither = (np.arange(columns, dtype=np.int64) * _DITHER[1]).reshape(-1, 1, block)
+        dither = np.arange(columns, dtype=np.int64) * _DITHER[1] + factors.phase
+        self._dither = dither.reshape(-1, 1, block)
 
     def add(self, codes: Bytes, scales: Bits, first: int) -> None:
         """Add the product to ``codes`` in place.

@@ -214,6 +214,9 @@ class Student:
         """
         if self._engine.exact:
             _ = self._engine.worth  # measured now: the first request would wait for it
+        grammar = greedy(self.harness).grammar
+        if grammar is not None:
+            self.guides.follow(grammar)  # takes half a second the first time
         own = [self._swapped(m, warmth.system) for m in warmth.heads]
         for asked, text in warmth.answers:
             self._past.add(asked, self._spelling.encode(text))

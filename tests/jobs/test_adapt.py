@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from cloud import adapt
 from cloud.adapt import Spec
-from cloud.gate.gate import GateConfig
+from cloud.gate import gate
+from cloud.gate.gate import GateConfig, Verdict
+from cloud.jobs import Job
 from cloud.learners.config import LearnerConfig
 from edge.process import PARENT
 from edge.student.bundle import digest
@@ -30,6 +32,8 @@ else:
     from jobs_evidence import shown, spec
 
 pytestmark = pytest.mark.timeout(900)
+FAR = LearnerConfig(method="sft", steps=4, learning_rate=2e-3, anchor_batch=0, layers=(0.5, 1.0))
+"""Far enough for products to pay."""
 LAX = GateConfig(new_share=0.0, new_gain=-1.0, earlier_loss=1.0, base_kl=1e9, threads=1)
 texts = st.text().filter(lambda t: "<|im" not in t)
 shown_ones = st.builds(
@@ -62,16 +66,19 @@ def real(student: Path, job: Path, **fields: Any) -> Spec:  # noqa: ANN401
     return made
 
 
-def test_a_job_makes_a_student_and_says_what_it_answers(tiny_student: Path, tmp_path: Path) -> None:
+def test_a_job_makes_a_student_and_says_what_it_answers(wide_student: Path, tmp_path: Path) -> None:
     job = tmp_path / "0001"
-    made = real(tiny_student, job, replay=(shown("before"),), earlier=(shown("known"),))
+    earlier = (shown("known"),)
+    made = real(wide_student, job, learner=FAR, replay=(shown("before"),), earlier=earlier)
     result = adapt.run(job)
     assert json.loads((job / "result.json").read_text()) == result
     assert result["passed"]
     assert [c["name"] for c in result["checks"]] == ["new", "earlier", "base_kl"]
     assert result["student"] == digest(job / "candidate") != digest(made.base)
     assert result["changed_codes"] > 0
+    assert (result["update"], result["noise"] < 0.6) == ("products", True)
     assert (job / "learnt.safetensors").exists()
+    assert Job(job).updates
     progress = json.loads((job / "progress.json").read_text())
     assert (progress["phase"], progress["fraction"]) == ("done", 1.0)
     candidate = Student.open(job / "candidate", threads=1)
@@ -80,6 +87,46 @@ def test_a_job_makes_a_student_and_says_what_it_answers(tiny_student: Path, tmp_
         alone = candidate.answer(prompt, Decoding(max_tokens=candidate.harness.max_tokens))
         assert canary["answer"] == alone.text
     candidate.close()
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The gate says what it saw, and refuses so many candidates."""
+    judge, left = gate.judge, [True] * times
+
+    def strict(*given: Any) -> Verdict:  # noqa: ANN401
+        verdict = judge(*given)
+        if left and left.pop():
+            checks = tuple(replace(c, passed=False) for c in verdict.checks)
+            return replace(verdict, checks=checks)
+        return verdict
+
+    monkeypatch.setattr(gate, "judge", strict)
+
+
+def test_where_products_lose_too_much_every_changed_code_is_sent(
+    wide_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(monkeypatch, 1)
+    job = tmp_path / "0001"
+    real(wide_student, job, learner=FAR)
+    result = adapt.run(job)
+    assert result["passed"]
+    assert result["update"] == "codes"
+    assert result["student"] == digest(job / "candidate")
+    assert Job(job).updates == []
+    plain = tmp_path / "0002"
+    real(wide_student, plain, learner=FAR, delta_share=0.0)
+    assert adapt.run(plain)["student"] == result["student"]
+
+
+def test_a_job_that_no_candidate_passes_is_refused_and_says_what_the_last_one_lacked(
+    wide_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(monkeypatch, 2)
+    real(wide_student, tmp_path / "0001", learner=FAR)
+    result = adapt.run(tmp_path / "0001")
+    assert (result["passed"], result["update"]) == (False, "codes")
+    assert result["checks"]
 
 
 def test_the_same_spec_gives_the_same_student(tiny_student: Path, tmp_path: Path) -> None:
