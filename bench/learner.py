@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 
 from bench import human, retention, setup, skills, trl
 from cloud.learners.config import PRESETS, LearnerConfig
-from cloud.students.export import write_back
+from cloud.students.candidates import DELTA_SHARE, Work, candidates
 from edge.student.runtime import Student
 from protos.errors import AnabranchError, InvalidInputError
 from protos.prompt import chat
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from cloud import adapt
     from cloud.students.importer import Imported
     from protos.prompt import Shown
+
+    State = dict[str, torch.Tensor]
 
 QUICK = ("sdft", "sft_anchored", "sft")
 FULL = (
@@ -100,7 +102,8 @@ class Plan:
     """What is measured.
 
     ``replay`` is how many earlier demonstrations a stage may see again. ``rival_steps`` above 0 are
-    the steps of ``sft_anchored`` at every stage, in place of our seconds.
+    the steps of ``sft_anchored`` at every stage, in place of our seconds. With ``products`` each
+    stage is written as the cloud does first; else all its codes are rounded.
     """
 
     methods: tuple[str, ...]
@@ -111,6 +114,7 @@ class Plan:
     replay: int = 96
     rows: int = retention.ROWS
     rival_steps: int = 0
+    products: bool = False
 
 
 def config_of(
@@ -156,6 +160,7 @@ class Sequence:
         current = self.imported.bundle
         for stage, material in enumerate(self.materials):
             name = f"{self.method}: {material.name}"
+            before, in_service = learnt, current
             if self.method == "trl":
                 tell(name, 0.0)
                 state, note = self._peer(stage, folder, base.steps, base.batch)
@@ -170,10 +175,9 @@ class Sequence:
                 spec = self._spec(stage, learnt, current, config)
                 state, note = setup.train(spec, partial(tell, name))
             learnt, current = folder / f"{stage}.safetensors", folder / f"{stage}"
+            state, written = self._write(state, before, in_service, current, stage)
+            note |= written
             save_file(state, learnt)
-            harness = skills.harness()
-            note["changed_codes"] = write_back(self.imported.bundle, state, harness, current)
-            note["delta_bytes"] = setup.delta_bytes(self.imported.bundle, current)
             self.result["stages"].append(note)
             self._measure(current, stage)
             say(
@@ -181,6 +185,27 @@ class Sequence:
                 f"{note['learn_seconds']:.0f} s, {self.result['matrix'][-1]}"
             )
         self._finish(current, tell)
+
+    def _write(
+        self, learnt: State, before: Path | None, in_service: Path, out: Path, stage: int
+    ) -> tuple[State, dict[str, Any]]:
+        """Write a stage's file; the parameters that it stands for, and how it would be sent."""
+        work = Work(
+            masters=self.imported.masters,
+            before=load_file(before) if before else {},
+            learnt=learnt,
+            base=self.imported.bundle,
+            current=in_service,
+            release=stage + 1,
+        )
+        share = DELTA_SHARE if self.plan.products else 0
+        made = next(iter(candidates(work, out, share=share)))
+        return made.parameters, {
+            "update": made.way,
+            "noise": round(made.noise, 3),
+            "changed_codes": made.changed,
+            "delta_bytes": made.delta_bytes,
+        }
 
     def _spec(
         self, stage: int, learnt: Path | None, current: Path, config: LearnerConfig
@@ -196,7 +221,7 @@ class Sequence:
 
     def _peer(
         self, stage: int, folder: Path, steps: int, batch: int
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    ) -> tuple[State, dict[str, Any]]:
         """A stage by TRL: the paper's recipe, but the teacher sees turns (prose it cannot read)."""
         before = self.imported.masters if not stage else folder / f"trl-{stage - 1}"
         run = trl.Run(
@@ -359,6 +384,7 @@ def main() -> None:
         default=0,
         help="steps of sft_anchored instead of our seconds: where other work shares the cores",
     )
+    parser.add_argument("--products", action="store_true", help="send stages as products")
     parser.add_argument("--out", type=Path, help="build/bench/learner.json or learner_full.json")
     options = parser.parse_args()
     plan = Plan(
@@ -368,6 +394,7 @@ def main() -> None:
         tests=options.tests,
         rows=options.rows,
         rival_steps=options.rival_steps,
+        products=options.products,
     )
     name = "learner_full.json" if options.full else "learner.json"
     out: Path = options.out or Path("build/bench") / name
@@ -386,9 +413,9 @@ def measure(plan: Plan, base_config: LearnerConfig, out: Path) -> None:
     note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
     kept = json.loads(out.read_text()) if out.exists() else {}
     same = json.loads(json.dumps(note))
-    settings = ("skills", "train", "tests", "replay", "rows")
+    settings = ("skills", "train", "tests", "replay", "rows", "products")
     if kept:
-        other = [s for s in settings if kept["plan"][s] != same["plan"][s]]
+        other = [s for s in settings if kept["plan"].get(s) != same["plan"][s]]
         other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
         if other:
             msg = (

@@ -151,7 +151,7 @@ class Run:
         room = self._limit - len(self.decoded) - 1  # the last row of a pass gives one for nothing
         if self._guesser is None or room < 1:
             return draft, forced
-        guide, likely = self._guide, 1.0
+        guide, likely, ahead = self._guide, 1.0, 0
         while len(draft) < room and not (guide and guide.complete):
             more, share = self._guess(draft)
             if not more:
@@ -161,16 +161,19 @@ class Run:
                 guide.consume(more)
                 must = guide.forced()
                 guide.consume(must)
+            ahead += len(more) + len(must)
+            if guide and guide.complete:
+                # The row before it chooses the last guess, and what is forced after it ends the
+                # answer: nobody would read a row of theirs.
+                more, must = more[:-1], []
             likely *= share
             rows = len(more) + len(must) - (not draft and len(self._todo) == 1)
             if likely * self._engine.worth <= (1 - likely) * rows:
-                if guide:
-                    guide.back(len(more) + len(must))
                 break
             forced.update(range(len(draft) + len(more), len(draft) + len(more) + len(must)))
             draft += [*more, *must]
         if guide:
-            guide.back(len(draft))
+            guide.back(ahead)
         del draft[room:]
         return draft, {i for i in forced if i < room}
 

@@ -368,6 +368,18 @@ def test_guesses_are_seen_in_the_number_of_passes(student: Student, passes: list
     assert again < len(passes) / 2
 
 
+def test_what_is_forced_at_the_end_of_an_answer_is_not_computed(
+    student: Student, passes: list[int]
+) -> None:
+    either: Json = {"enum": ["yes, with all that follows from it", "no, and nothing follows"]}
+    decoding = Decoding(80, grammar=schema_grammar(either))
+    first = student.answer(ask("may it be?"), decoding)
+    passes.clear()
+    again = student.answer(ask("may it be?"), decoding)
+    assert again.text == first.text
+    assert passes == [2]  # the prompt's last token, and the quotation mark; then it is all said
+
+
 def test_text_and_tokens_of_a_stop_text_are_the_same_with_guesses(student: Student) -> None:
     whole = student.answer(ask("turn the lamp on"), Decoding(max_tokens=30)).text
     stop = (whole[10:13],)
