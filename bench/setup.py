@@ -99,9 +99,11 @@ def train(
     """One job of learning; the parameters that differ from the import, and how it went."""
     torch.set_num_threads(THREADS)
     losses: list[float] = []
+    anchors: list[float] = []
 
     def report(seen: Any) -> None:  # noqa: ANN401
         losses.append(round(seen.loss, 4))
+        anchors.append(round(seen.anchor, 4))
         tell(seen.fraction)
 
     outcome = adapt.learn(spec, Control(time.monotonic, report=report))
@@ -115,6 +117,7 @@ def train(
         "scoring_seconds": round(outcome.scoring_seconds, 1),
         "step_seconds": round(statistics.median(outcome.step_seconds), 3),
         "losses": losses,
+        "anchor_losses": anchors,
     }
     return outcome.parameters, note
 
