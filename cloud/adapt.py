@@ -30,7 +30,13 @@ from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control, Course, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
 from cloud.learners.model import Example, SplitModel
-from cloud.students.candidates import DELTA_SHARE, Candidate, Work, candidates
+from cloud.students.candidates import (
+    DELTA_SHARE,
+    Candidate,
+    Work,
+    candidates,
+    remove_leftovers,
+)
 from cloud.students.importer import ANSWERS
 from edge.delta import save_updates
 from edge.delta.files import write_atomic
@@ -111,6 +117,7 @@ def write_failure(job: Path, why: str) -> None:
         StorageError: the disk is full or failed.
     """
     remove_checkpoints(job)  # first: the disk may be full
+    remove_leftovers(job / CANDIDATE)
     write_atomically(job / "result.json", json.dumps({"passed": False, "error": why}))
 
 

@@ -138,7 +138,9 @@ def cloud(
     ] = 0.2,
     delta_share: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Most that an update takes, of the student; 0: any size."),
+        typer.Option(
+            min=0, max=1, help="Most that an update by products takes; 0: always all codes."
+        ),
     ] = 1 / 60,
     plan: Annotated[
         Path | None,

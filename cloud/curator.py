@@ -20,7 +20,7 @@ from cloud.policy import PolicyConfig, Situation, decide
 from cloud.rollout.state import Phase
 from cloud.students.candidates import DELTA_SHARE
 from edge.student.bundle import WEIGHTS, digest, sha256_file
-from protos.errors import InvalidInputError
+from protos.errors import IntegrityError, InvalidInputError
 from protos.v1 import device_pb2, release_pb2
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ class Curator:
             learner=self._config.learner,
             gate=self._config.gate,
             release=latest.version,
-            delta_share=self._config.delta_share,
+            delta_share=self._config.delta_share if self._holds(latest, last) else 0.0,
         )
         evidence = job_rules.Evidence(tuple(d.id for d in learn), tuple(d.id for d in held))
         job = self._jobs.create(spec, evidence)
@@ -312,6 +312,15 @@ class Curator:
             len(spec.earlier),
         )
         self._start(job)
+
+    def _holds(self, latest: Release, last: Job | None) -> bool:
+        """Whether the release in service holds what learning goes on from.
+
+        After a rollback it may be another one's content: nothing can then be added to its codes.
+        """
+        if last is None or last.result is None:
+            return latest.student == digest(self._bundle)
+        return bool(last.result["student"] == latest.student)
 
     def _by_ids(self, ids: Collection[str]) -> list[device_pb2.Demonstration]:
         return self._evidence.demonstrations(self._channel, only=ids)
@@ -359,7 +368,7 @@ class Curator:
             ),
             gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
             fallback=self._fallback(),
-            updates=_fitting(job.updates, spec, latest),
+            updates=_updates(job, spec, latest),
         )
 
     def _fallback(self) -> int:
@@ -380,10 +389,18 @@ class Curator:
             self._metrics.bound.labels(self._channel, check["name"]).set(check["bound"])
 
 
-def _fitting(updates: list[Update], spec: Spec, latest: Release | None) -> list[Update]:
-    """A job's products, unless another release came between: they turn its ``current`` only."""
-    found = latest is not None and latest.student == digest(spec.current)
-    return updates if found else []
+def _updates(job: Job, spec: Spec, latest: Release | None) -> list[Update]:
+    """A job's products, unless another release came between: they turn that one's codes only.
+
+    They make the delta smaller, and no release waits for them.
+    """
+    if latest is None or latest.version != spec.release:
+        return []
+    try:
+        return job.updates
+    except IntegrityError as error:
+        log.warning("job %s: the delta is made without products: %s", job.name, error)
+        return []
 
 
 def _canary(shown: Shown) -> release_pb2.Canary:

@@ -23,7 +23,7 @@ from cloud.students import low_rank, quantize
 from cloud.students.export import read_tensor, tensors_of, write_back
 from edge import delta
 from edge.student.bundle import WEIGHTS, read_config, read_harness
-from protos.errors import InvalidInputError
+from protos.errors import IntegrityError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -89,9 +89,9 @@ def candidates(work: Work, out: Path, *, share: float = DELTA_SHARE) -> Iterator
     """Write candidates to the folder ``out``, each in place of the one before: products, codes.
 
     Products are left out where ``share`` is 0, where they would save no bytes, where the model is
-    too large for them, or where noise is past its bound, as it is where ``current`` does not hold
-    ``before``.
+    too large for them, or where noise is past its bound.
     """
+    remove_leftovers(out)
     aside = out.with_name(out.name + ".codes")
     try:
         codes = _by_codes(work, aside)
@@ -102,7 +102,16 @@ def candidates(work: Work, out: Path, *, share: float = DELTA_SHARE) -> Iterator
         aside.replace(out)
         yield codes
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_leftovers(out)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what writing candidates to ``out`` left beside it when it was killed, or failed."""
+    for path in out.parent.glob(f"{out.name}.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _by_codes(work: Work, out: Path) -> Candidate:
@@ -118,11 +127,14 @@ def _by_products(work: Work, out: Path, share: float) -> Candidate | None:
         updates = low_rank.products(
             work.current, before, work.learnt, budget=budget, phase=_phase(work.release)
         )
-    except InvalidInputError as error:
+        if not updates:
+            return None
+        parameters = low_rank.reached(work.current, before, work.learnt, updates)
+        low_rank.write_products(work.current, updates, parameters, read_harness(work.current), out)
+    except (InvalidInputError, IntegrityError, OverflowError) as error:
+        # A matrix that is too large, or scales that are next to nothing.
         log.warning("every changed code is sent: %s", error)
         return None
-    parameters = low_rank.reached(work.current, before, work.learnt, updates)
-    low_rank.write_products(work.current, updates, parameters, read_harness(work.current), out)
     found = noise(out, parameters)
     if found > MOST_NOISE:
         log.info("every changed code is sent: codes would be off by %.2f steps", found)

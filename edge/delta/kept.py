@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge.delta.files import storage_errors
+from edge.delta.files import storage_errors, write_atomic
 from edge.delta.format import Tensor
 from edge.delta.payload import Update
 from edge.delta.product import Factors
@@ -33,8 +34,9 @@ def save_updates(updates: Sequence[Update], path: Path) -> None:
     for n, update in enumerate(updates):
         for name in ("left", "right", "weights"):
             arrays[f"{name}.{n}"] = getattr(update.factors, name)
-    with storage_errors(f"writing {path}"), path.open("wb") as file:
-        np.savez(file, **arrays)
+    made = io.BytesIO()
+    np.savez(made, **arrays)
+    write_atomic(path, made.getvalue())
 
 
 def load_updates(path: Path) -> list[Update]:

@@ -163,9 +163,12 @@ class Run:
                 guide.consume(must)
             ahead += len(more) + len(must)
             if guide and guide.complete:
-                # The row before it chooses the last guess, and what is forced after it ends the
-                # answer: nobody would read a row of theirs.
-                more, must = more[:-1], []
+                # The row before it chooses the last token, or the last guess with all that is
+                # forced after it: nobody would read a row of theirs.
+                if self._fast or not must:
+                    more, must = more[:-1], []
+                else:
+                    must = must[:-1]
             likely *= share
             rows = len(more) + len(must) - (not draft and len(self._todo) == 1)
             if likely * self._engine.worth <= (1 - likely) * rows:
@@ -188,16 +191,23 @@ class Run:
 
     def _choose(self, logits: Floats) -> list[int]:
         """Choose the next token; returns it and those forced after it, or none at the end."""
-        masked, bent, must = logits, False, list[int]()
+        best, masked, bent, must = int(logits.argmax()), logits, False, list[int]()
+        greedy = self._decoding.temperature == 0
         if self._guide is not None:
             must = [] if self._fast else self._guide.forced()[:1]
             allowed = self._guide.allowed()
-            if not allowed.any():
+            bent = not allowed[best]
+            if bent and not allowed.any():
                 msg = "the schema cannot guide: it leads to where nothing may follow"
                 raise GrammarError(msg)
-            masked = np.where(allowed, logits, np.float32(-np.inf))
-            bent = not allowed[int(logits.argmax())]
-        token = must[0] if must else choose(masked, self._decoding.temperature, self._rng)
+            if bent or not greedy:
+                masked = np.where(allowed, logits, np.float32(-np.inf))
+        if must:
+            token = must[0]
+        elif greedy and not bent:
+            token = best
+        else:
+            token = choose(masked, self._decoding.temperature, self._rng)
         if token in self._eos:
             self._end("stop")
             return []

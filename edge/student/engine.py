@@ -35,6 +35,7 @@ _TRIAL = 32  # tokens by which exactness is tried
 _CUTS = (7, 2, 1, 4, 1, 9, 3, 5)
 _TIMES = 3
 _WORTHS = (1.0, 16.0)
+_ROWS = 16  # of logits, in memory that is used again
 
 
 class KeyValues:
@@ -94,10 +95,11 @@ class Engine:
         self._config = config
         self._exact: bool | None = None
         self._worth: float | None = None
+        self._logits: Floats | None = None
 
     def close(self) -> None:
         """Free the session's memory; no pass is possible after that."""
-        self._session = None
+        self._session = self._logits = None
 
     def open_chat(self) -> KeyValues:
         """Empty keys and values.
@@ -112,7 +114,7 @@ class Engine:
 
         Returns:
             Logits [len(wanted), vocabulary] after the tokens at the positions ``wanted`` of
-            ``ids``.
+            ``ids``. They stand until the next pass: who needs them longer copies them.
         """
         session = self.session
         start, fresh, rows = len(chat.ids), list(ids), list(wanted)
@@ -128,11 +130,20 @@ class Engine:
         binding.bind_ortvalue_input("seqlens_k", value(np.array([total - 1], dtype=np.int32)))
         binding.bind_ortvalue_input("total_length", value(np.array(total, dtype=np.int32)))
         binding.bind_ortvalue_input("rows", value(np.array(rows, dtype=np.int64)))
-        binding.bind_output("head.out", "cpu")
+        logits = self._room(len(rows))
+        binding.bind_ortvalue_output("head.out", value(logits))
         session.run_with_iobinding(binding)
         chat.ids.extend(ids)
-        logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
+
+    def _room(self, rows: int) -> Floats:
+        """Where a pass writes logits [rows, vocabulary]; fresh memory would cost page faults."""
+        size = self._config["vocabulary"]
+        if rows > _ROWS:
+            return np.empty((rows, size), np.float32)
+        if self._logits is None:
+            self._logits = np.empty((_ROWS, size), np.float32)
+        return self._logits[:rows]
 
     @property
     def exact(self) -> bool:
@@ -148,7 +159,7 @@ class Engine:
             for cut in _CUTS:
                 part = text[start : start + cut]
                 if part:
-                    parts.append(self.forward(chat, part, range(len(part))))
+                    parts.append(self.forward(chat, part, range(len(part))).copy())
                 start += cut
             self._exact = np.array_equal(whole, np.concatenate(parts))
         return self._exact

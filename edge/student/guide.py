@@ -149,9 +149,12 @@ class Guide:
         bits = np.unpackbits(
             packed, count=min(self._vocabulary, packed.size * 8), bitorder="little"
         )
-        mask = np.zeros(self._vocabulary, dtype=np.bool_)
-        mask[: bits.size] = bits
-        return mask
+        mask: npt.NDArray[np.bool_] = bits.view(np.bool_)
+        return (
+            np.pad(mask, (0, self._vocabulary - bits.size))
+            if bits.size < self._vocabulary
+            else mask
+        )
 
     def forced(self) -> list[int]:
         """Tokens that must follow; they are not consumed."""

@@ -206,26 +206,31 @@ class PastAnswers:
         A longer match counts for more; where several symbols may follow, the words of the request
         speak for those beside which they were seen (naive Bayes).
         """
-        likely: dict[int, float] = {}
+        levels: list[Counter[int]] = []
         for size in range(min(_LONGEST, len(symbols)) + 1):
             seen = self._follows.get(tuple(symbols[len(symbols) - size :]))
             if seen is None:
                 break
-            total = seen.total()
-            likely = {
-                s: (seen[s] + _NEW * likely.get(s, 0.0)) / (total + _NEW) for s in {*seen, *likely}
-            }
-        if not likely:
+            levels.append(seen)
+        if not levels:
             return None
-        if len(likely) > 1:
-            near = tuple(symbols[max(len(symbols) - _NEAR, 0) :])
-            often = self._follows.get(near, Counter())
-            for symbol in likely:
-                words, count = self._beside.get((*near, symbol), Counter()), often[symbol]
-                for word in request.vocabulary:
-                    likely[symbol] *= ((words[word] + _PRIOR) / (count + 2 * _PRIOR)) ** _TRUST
+        near = tuple(symbols[max(len(symbols) - _NEAR, 0) :])
+        often = self._follows.get(near, Counter())
+        # No word was seen beside what never followed the latest symbols: together it is the rest.
+        likely = dict.fromkeys(levels[min(_NEAR, len(levels) - 1)], 0.0)
+        known = 0.0
+        for seen in levels:
+            total = seen.total()
+            known = (total + _NEW * known) / (total + _NEW)
+            for symbol, share in likely.items():
+                likely[symbol] = (seen[symbol] + _NEW * share) / (total + _NEW)
+        rest = (known - sum(likely.values())) * (1 / 2) ** (_TRUST * len(request.vocabulary))
+        for symbol in likely:
+            words, count = self._beside.get((*near, symbol), Counter()), often[symbol]
+            for word in request.vocabulary:
+                likely[symbol] *= ((words[word] + _PRIOR) / (count + 2 * _PRIOR)) ** _TRUST
         best = max(likely, key=likely.__getitem__)
-        return best, likely[best] / sum(likely.values())
+        return best, likely[best] / (sum(likely.values()) + rest)
 
     def copies(self, word: str, part: str) -> float:
         """How likely a word of a request is copied (``part``: ``copied``), or begins a run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer
 from edge.student import bundle
 from edge.student.decode import SLICE, Run
 from edge.student.engine import Engine, open_session
-from edge.student.guide import Guides, schema_grammar
+from edge.student.guide import GrammarError, Guides, schema_grammar
 from edge.student.lookup import Guesser, PastAnswers, Spelling
 from edge.student.prefix import PrefixCache
 from edge.student.tokens import Answer, Decoding, Emission, Token, surprise
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from protos.harness import Harness
 
 __all__ = ["Answer", "Decoding", "Student", "Token", "Warmth", "greedy", "surprise"]
+
+log = logging.getLogger("anabranch.student")
 
 _CACHE_BYTES = 96 * 1024 * 1024
 _WARMED = 512  # tokens; a student that is warmed competes with the one that serves
@@ -199,7 +202,7 @@ class Student:
 
     def logits(self, ids: Sequence[int], first: int) -> Floats:
         """Teacher-forced logits [len(ids) - first, vocabulary] at ``first`` and after."""
-        return self._engine.forward(self._engine.open_chat(), ids, range(first, len(ids)))
+        return self._engine.forward(self._engine.open_chat(), ids, range(first, len(ids))).copy()
 
     def warmth(self) -> Warmth:
         """What the next student should be warmed with."""
@@ -214,9 +217,7 @@ class Student:
         """
         if self._engine.exact:
             _ = self._engine.worth  # measured now: the first request would wait for it
-        grammar = greedy(self.harness).grammar
-        if grammar is not None:
-            self.guides.follow(grammar)  # takes half a second the first time
+        self._compile()
         own = [self._swapped(m, warmth.system) for m in warmth.heads]
         for asked, text in warmth.answers:
             self._past.add(asked, self._spelling.encode(text))
@@ -232,6 +233,15 @@ class Student:
                 part = rest[start : start + SLICE]
                 self._engine.forward(chat, part, [len(part) - 1])
             self._prefixes.keep_head(chat, len(ids), head)
+
+    def _compile(self) -> None:
+        """Compile the harness's grammar: half a second that the first request would wait for."""
+        try:
+            grammar = greedy(self.harness).grammar
+            if grammar is not None:
+                self.guides.follow(grammar)
+        except GrammarError as error:  # each request will say so
+            log.warning("the harness's schema: %s", error)
 
     def _swapped(self, head: Sequence[Message], system: str) -> list[Message]:
         old, new = Message("system", system), Message("system", self.harness.system)

@@ -90,7 +90,9 @@ def surprise(tokens: Sequence[Token]) -> float:
 def logprob_of(logits: Floats, token: int) -> float:
     """Natural log of the probability of ``token`` under ``logits`` [vocabulary]."""
     peak = float(logits.max())
-    return float(logits[token]) - peak - math.log(float(np.exp(logits - peak).sum()))
+    shares = logits - peak
+    np.exp(shares, out=shares)
+    return float(logits[token]) - peak - math.log(float(shares.sum()))
 
 
 def likeliest(logits: Floats, count: int) -> tuple[tuple[int, float], ...]:

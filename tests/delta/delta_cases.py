@@ -52,7 +52,8 @@ def factors(seed: int, rows: int = ROWS, rank: int = 5) -> delta.Factors:
     rng = np.random.default_rng(seed)
     left, right = (rng.normal(0, 25, (n, rank)).clip(-127, 127) for n in (rows, COLUMNS))
     width = np.linspace(4e-6, 1e-6, rank)
-    return delta.Factors.of(left.astype(np.int8), right.astype(np.int8), width, 0.002)
+    phase = int(rng.integers(1 << 16))
+    return delta.Factors.of(left.astype(np.int8), right.astype(np.int8), width, 0.002, phase)
 
 
 def added(base: Bytes, update: delta.Update) -> Bytes:
@@ -69,7 +70,7 @@ def added(base: Bytes, update: delta.Update) -> Bytes:
             bits = int.from_bytes(base[at : at + 4].tobytes(), "little")
             shift = some.power - (bits >> 23) + 150
             rate = min((1 << max(shift, 0)) // (bits & (1 << 23) - 1 | 1 << 23), (1 << 24) - 1)
-            dither = (49472 * i + 37345 * j) % (1 << 16) << some.fraction - 16
+            dither = (49472 * i + 37345 * j + some.phase) % (1 << 16) << some.fraction - 16
             step = (total * rate + dither) >> some.fraction
             place = row * COLUMNS + j
             target[place] = min(max(int(base[place]) + step, 1), 255)

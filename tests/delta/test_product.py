@@ -98,6 +98,8 @@ def test_factors_out_of_bounds_are_refused() -> None:
     for changes in (
         {"fraction": 61},
         {"fraction": 15},
+        {"phase": 1 << 16},
+        {"phase": -1},
         {"weights": np.empty(0, np.uint16)},
         {"left": some.left[:, :4]},
         {"right": some.right[:0]},

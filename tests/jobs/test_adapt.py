@@ -89,18 +89,20 @@ def test_a_job_makes_a_student_and_says_what_it_answers(wide_student: Path, tmp_
     candidate.close()
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """The gate says what it saw, and refuses so many candidates."""
-    judge, left = gate.judge, [True] * times
+def refusing(monkeypatch: pytest.MonkeyPatch, times: int) -> list[Verdict]:
+    """The gate says what it saw, and refuses so many candidates; all that it was asked."""
+    judge, asked = gate.judge, list[Verdict]()
 
     def strict(*given: Any) -> Verdict:  # noqa: ANN401
         verdict = judge(*given)
-        if left and left.pop():
+        asked.append(verdict)
+        if len(asked) <= times:
             checks = tuple(replace(c, passed=False) for c in verdict.checks)
             return replace(verdict, checks=checks)
         return verdict
 
     monkeypatch.setattr(gate, "judge", strict)
+    return asked
 
 
 def test_where_products_lose_too_much_every_changed_code_is_sent(
@@ -122,11 +124,11 @@ def test_where_products_lose_too_much_every_changed_code_is_sent(
 def test_a_job_that_no_candidate_passes_is_refused_and_says_what_the_last_one_lacked(
     wide_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusing(monkeypatch, 2)
+    asked = refusing(monkeypatch, 2)
     real(wide_student, tmp_path / "0001", learner=FAR)
     result = adapt.run(tmp_path / "0001")
-    assert (result["passed"], result["update"]) == (False, "codes")
-    assert result["checks"]
+    assert (result["passed"], result["update"], len(asked)) == (False, "codes", 2)
+    assert [c["value"] for c in result["checks"]] == [c.value for c in asked[1].checks]
 
 
 def test_the_same_spec_gives_the_same_student(tiny_student: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -20,6 +21,8 @@ from cloud.rollout.driver import RolloutDriver
 from cloud.rollout.events import Abort, Bring, Outcome, Report, Resume
 from cloud.rollout.plan import Plan
 from cloud.rollout.state import Content, Phase
+from cloud.students.candidates import DELTA_SHARE
+from edge import delta
 from edge.student.bundle import digest
 from protos.errors import InvalidInputError, StorageError
 from protos.v1 import device_pb2
@@ -355,6 +358,80 @@ def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Clou
     cloud.hear(demonstrations(12))
     cloud.curator.tick()
     assert len(cloud.jobs.all()[-1].evidence.learn) == 28
+
+
+def products(job: Job) -> None:
+    """Such as a job's process writes beside its candidate."""
+    left, right = np.ones((8, 1), np.int8), np.ones((64, 1), np.int8)
+    factors = delta.Factors.of(left, right, np.ones(1), 0.01)
+    tensor = delta.Tensor(0, 8, 64, 8 * 64, 64)
+    delta.save_updates([delta.Update(tensor, 0, factors)], job.folder / "updates.npz")
+
+
+@pytest.fixture
+def sent(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many products each release was published with."""
+    seen: list[int] = []
+    publish = cloud.releases.publish
+
+    def watched(*given: Any, **options: Any) -> Release:  # noqa: ANN401 - handed on
+        seen.append(len(options.get("updates", ())))
+        return publish(*given, **options)
+
+    monkeypatch.setattr(cloud.releases, "publish", watched)
+    return seen
+
+
+def test_products_of_a_job_go_into_its_release(cloud: Cloud, sent: list[int]) -> None:
+    job = cloud.adapt(demonstrations(24))
+    spec = spec_of(job)
+    assert (spec.release, spec.delta_share) == (1, DELTA_SHARE)
+    cloud.learn(job)
+    products(job)
+    cloud.curator.tick()
+    assert (cloud.latest().version, sent) == (2, [1])
+
+
+def test_products_that_a_crash_damaged_hold_up_no_release(cloud: Cloud, sent: list[int]) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.learn(job)
+    (job.folder / "updates.npz").write_bytes(b"")
+    cloud.curator.tick()
+    assert (cloud.latest().version, sent) == (2, [0])
+
+
+def test_products_for_a_release_that_is_not_the_newest_any_more_are_not_sent(
+    cloud: Cloud, sent: list[int]
+) -> None:
+    job = cloud.adapt(demonstrations(24))
+    cloud.releases.republish("home", 1)
+    cloud.learn(job)
+    products(job)
+    cloud.curator.tick()
+    assert (cloud.latest().version, sent) == (3, [0])
+
+
+def test_after_a_rollback_all_codes_are_sent(cloud: Cloud) -> None:
+    """What is in service is not what learning goes on from: nothing can be added to its codes."""
+    first = digest(cloud.student)
+    for changed in (1, 2):
+        job = cloud.adapt(demonstrations(24))
+        assert spec_of(job).delta_share == DELTA_SHARE
+        cloud.learn(job, changed=changed)
+        cloud.curator.tick()
+        cloud.deliver()
+    order = Bring(Content(1, first), gives_up=True, reason="rather the first")
+    cloud.driver.obey("home", order)
+    cloud.curator.tick()
+    cloud.deliver()
+    assert cloud.latest().student == first
+    job = cloud.adapt(demonstrations(24))
+    assert spec_of(job).learnt is not None
+    assert spec_of(job).delta_share == 0
+
+
+def spec_of(job: Job) -> Spec:
+    return Spec.from_json((job.folder / "spec.json").read_text())
 
 
 def test_a_person_may_go_back_to_any_release_whatever_dies_in_between(cloud: Cloud) -> None:

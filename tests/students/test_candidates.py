@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cloud.students import candidates as made_of
 from cloud.students import export
-from cloud.students.candidates import Candidate, Work, candidates, noise
+from cloud.students.candidates import Candidate, Work, candidates
 from edge.student.bundle import digest, read_harness
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ def test_without_a_share_there_are_codes_only(work: Work, tmp_path: Path) -> Non
     assert [c.way for c in candidates(work, tmp_path / "out", share=0)] == ["codes"]
 
 
-def test_products_for_other_codes_than_those_in_service_are_not_made(
+def test_products_for_codes_far_from_those_in_service_are_not_made(
     work: Work, before: State, tmp_path: Path
 ) -> None:
-    # As after a rollback: the bundle in service does not hold what the latest job learnt.
     far = {n: v + 0.05 if v.ndim == 2 else v for n, v in moved(before, 1).items()}
     mixed = replace(work, before=far, learnt={n: v + 1e-3 for n, v in far.items()})
     assert [c.way for c in candidates(mixed, tmp_path / "out", share=SHARE)] == ["codes"]
@@ -113,7 +112,6 @@ def test_noise_adds_up_over_releases_until_codes_take_it_away(
         out = tmp_path / str(release)
         found = next(candidates(work, out, share=SHARE))
         seen.append((found.way, found.noise))
-        assert noise(out, found.parameters) == found.noise
         work = replace(work, before=found.parameters, current=out, release=release + 1)
         if found.way == "codes":
             break
