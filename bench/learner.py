@@ -385,6 +385,7 @@ def main() -> None:
         help="steps of sft_anchored instead of our seconds: where other work shares the cores",
     )
     parser.add_argument("--products", action="store_true", help="send stages as products")
+    parser.add_argument("--keep", action="store_true", help="keep weights and files of stages")
     parser.add_argument("--out", type=Path, help="build/bench/learner.json or learner_full.json")
     options = parser.parse_args()
     plan = Plan(
@@ -399,15 +400,15 @@ def main() -> None:
     name = "learner_full.json" if options.full else "learner.json"
     out: Path = options.out or Path("build/bench") / name
     try:
-        measure(plan, setup.options(options.set), out)
+        measure(plan, setup.options(options.set), out, keep=options.keep)
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped: what was measured is in {out}; the same command goes on from there")
 
 
-def measure(plan: Plan, base_config: LearnerConfig, out: Path) -> None:
-    """Run what ``out`` does not hold yet."""
+def measure(plan: Plan, base_config: LearnerConfig, out: Path, *, keep: bool = False) -> None:
+    """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
     out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
@@ -446,7 +447,8 @@ def measure(plan: Plan, base_config: LearnerConfig, out: Path) -> None:
                 sequence.run(folder, seconds, base_config, tell, progress.console.print)
                 sequence.result |= {"date": time.strftime("%Y-%m-%d"), "machine": setup.machine()}
                 runs[f"{method}/{seed}"] = sequence.result
-                shutil.rmtree(folder)
+                if not keep:
+                    shutil.rmtree(folder)
                 note |= {
                     "date": time.strftime("%Y-%m-%d"),
                     "machine": setup.machine(),

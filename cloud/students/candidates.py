@@ -37,7 +37,7 @@ log = logging.getLogger("anabranch.students")
 
 DELTA_SHARE = 1 / 60
 """Bytes that an update by products may take, of those of the weights: 2.4 MB of 144."""
-MOST_NOISE = 0.6
+MOST_NOISE = 0.75
 """Root mean square of how far codes may lie from their weights, in steps; rounding is 0.29."""
 
 _GOLDEN = 40503

@@ -76,7 +76,7 @@ def test_a_job_makes_a_student_and_says_what_it_answers(wide_student: Path, tmp_
     assert [c["name"] for c in result["checks"]] == ["new", "earlier", "base_kl"]
     assert result["student"] == digest(job / "candidate") != digest(made.base)
     assert result["changed_codes"] > 0
-    assert (result["update"], result["noise"] < 0.6) == ("products", True)
+    assert (result["update"], result["noise"] < 0.75) == ("products", True)
     assert (job / "learnt.safetensors").exists()
     assert Job(job).updates
     progress = json.loads((job / "progress.json").read_text())
