@@ -1,19 +1,20 @@
 """Releases of three skills one after another, sent as products and as codes, on the file of each.
 
-Takes the stages of ``python -m bench.learner --methods sdft --keep`` (a quarter of an hour) and learns
-nothing itself; some five minutes. Of each release:
+Takes the stages of ``python -m bench.learner --methods sdft --keep`` (a quarter of an hour) and
+learns nothing itself; some five minutes. Of each release:
 
 - products: bytes from the release before, noise of the codes (root mean square, steps), shares of
   unseen requests of each skill so far answered to the letter, base KL in nats a token;
 - codes: the same, had every code been rounded and sent after those products.
 
-Results go to ``build/bench/chain.json``. The stages were learnt from fp32 weights, not from those that
-products stand for as in the cloud: each update here also carries what the one before left out.
+Results go to ``build/bench/chain.json``. The stages were learnt from fp32 weights, not from those
+that products stand for as in the cloud: each update here also carries what the one before left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import sys
 from dataclasses import replace
@@ -79,7 +80,9 @@ def main() -> None:
             row[made.way] = judged(made, out, taught[: stage + 1], imported)
             table.add_row(name, made.way, *map(str, row[made.way].values()))
             if made.way == "products":
-                serving = out.rename(out.with_name(f"{stage}-products"))
+                serving = out.with_name(f"{stage}-products")
+                shutil.rmtree(serving, ignore_errors=True)
+                out.rename(serving)
                 later = replace(work, before=made.parameters, current=serving)
         if "products" not in row:
             Console().print(table)
