@@ -127,6 +127,10 @@ def cloud(
         str, typer.Option(help="How to learn: sdft, sft-anchored, ... (docs/learning.md).")
     ] = "sdft",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 75,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Higher: more in fewer steps, farther from the base."),
+    ] = None,
     budget: Annotated[
         float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")
     ] = 0,
@@ -184,9 +188,10 @@ def cloud(
     from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
     from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
+    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
-        learner=LearnerConfig.named(learner, steps=steps, budget_seconds=budget),
+        learner=LearnerConfig.named(learner, steps=steps, budget_seconds=budget, **rate),
         gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
         threads=threads,
         delta_share=delta_share,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SYSTEM = "You control a smart home. Answer with one JSON tool call."
 DEMONSTRATIONS = 160
-STEPS = 55  # fewer than the default: a demo should end
+STEPS, LEARNING_RATE = 55, 1.5e-4  # fewer and longer than the default: a demo should end
 _INTERRUPTED = 130  # as shells say of a command that Ctrl-C ended
 
 
@@ -107,6 +107,7 @@ def _play(options: DemoOptions, console: Console, began: float) -> report.Number
         scripts = _scripts(options.seed, progress)
         with Record(out / "events.jsonl", time.monotonic) as record:
             cloud = ("--demonstrations", str(DEMONSTRATIONS), "--steps", str(STEPS))
+            cloud += ("--learning-rate", str(LEARNING_RATE))
             settings = Settings(student, options.threads, cloud)
             town = Town(out / "town", HOMES, settings, record)
             facts = asyncio.run(_live(town, scripts, record, progress, began))

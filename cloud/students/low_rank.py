@@ -83,7 +83,7 @@ def products(
     for _ in range(_STEPS):
         middle = (low + high) / 2
         found = _on_grid(matrices, middle, phase)
-        fits = sum(len(pack_factors([u], [u.tensor])) for u in found) <= budget
+        fits = _fits(found, budget)
         low, high = (low, middle) if fits else (middle, high)
     return _on_grid(matrices, high, phase)
 
@@ -129,6 +129,16 @@ def write_products(
     weights.flush()
     shutil.rmtree(out, ignore_errors=True)
     work.replace(out)
+
+
+def _fits(updates: Sequence[delta.Update], budget: int) -> bool:
+    """Whether updates take at most ``budget`` bytes; no more are packed than it takes to know."""
+    size = 0
+    for update in updates:
+        size += len(pack_factors([update], [update.tensor]))
+        if size > budget:
+            return False
+    return True
 
 
 def _on_grid(matrices: Sequence[_Matrix], octave: float, phase: int) -> list[delta.Update]:
