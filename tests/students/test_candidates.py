@@ -119,7 +119,8 @@ def test_noise_adds_up_over_releases_until_codes_take_it_away(
     assert {w for w, _ in products} == {"products"}
     assert len(products) > 1
     assert [n for _, n in products] == sorted(n for _, n in products)
-    assert last == ("codes", pytest.approx(ROUNDING, rel=0.05))
+    assert last[0] == "codes"
+    assert last[1] == pytest.approx(ROUNDING, rel=0.05)
 
 
 def test_the_same_codes_do_not_take_the_same_update_again(
