@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from bench import setup, shipping, skills
 from bench.learner import answered
 from cloud.learners.config import LearnerConfig
+from cloud.students.candidates import delta_bytes
 from cloud.students.export import write_back
 from edge.student.runtime import Student
 from protos.prompt import chat
@@ -110,7 +111,7 @@ def judged(
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "candidate"
         changed = write_back(imported.bundle, state, skills.harness(), bundle)
-        size = setup.delta_bytes(imported.bundle, bundle) if size is None else size
+        size = delta_bytes(imported.bundle, bundle) if size is None else size
         candidate = Student.open(bundle, threads=2)
         right = answered(candidate, taught)
         copied = copies(candidate)

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from dataclasses import fields
 from functools import cache
@@ -25,7 +24,6 @@ from cloud.learners.course import Control
 from cloud.students import importer
 from cloud.students import source as sources
 from cloud.students.importer import ANSWERS
-from edge.delta import encode
 from edge.student.runtime import Student
 from protos.errors import InvalidInputError
 
@@ -120,12 +118,6 @@ def train(
         "anchor_losses": anchors,
     }
     return outcome.parameters, note
-
-
-def delta_bytes(base: Path, target: Path) -> int:
-    """Size of the delta that a release would be."""
-    with tempfile.TemporaryDirectory() as folder:
-        return encode(base / "weights.bin", target / "weights.bin", Path(folder) / "delta").size
 
 
 def options(pairs: list[str]) -> LearnerConfig:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cloud.students import low_rank, quantize
-from cloud.students.export import read_tensor, tensors_of
+from cloud.students.export import given, read_tensor, tensors_of
 from edge.delta import Product
 from edge.delta.payload import pack_factors
 
@@ -60,8 +60,8 @@ def _matrices(
 ) -> Iterator[tuple[str, int, quantize.Weights, quantize.Weights, quantize.Scales]]:
     """Each learnt matrix: name, offset, weights in steps of its scales, base's codes, scales."""
     layout = tensors_of(bundle)
-    for tensor in layout.values():
-        if tensor.dtype != "uint8" or any(s not in learnt for s in tensor.sources):
+    for tensor in given(layout, learnt):
+        if tensor.dtype != "uint8":
             continue
         scales = np.array(read_tensor(bundle, layout[f"{tensor.name}.scales"]))
         codes = read_tensor(bundle, tensor).astype(np.float32) - quantize.ZERO
@@ -71,7 +71,7 @@ def _matrices(
             rows = slice(row, row + len(weight))
             place = tensor.offset + row * tensor.shape[1]
             row += len(weight)
-            steps = weight / np.repeat(scales[rows], quantize.BLOCK, axis=1)
+            steps = quantize.in_steps(weight, scales[rows])
             yield name, place, steps, codes[rows], scales[rows]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from cloud.students import low_rank, quantize
-from cloud.students.export import read_tensor, tensors_of, write_back
+from cloud.students.export import given, read_tensor, stacked, tensors_of, write_back
 from edge import delta
 from edge.student.bundle import WEIGHTS, read_config, read_harness
 from protos.errors import IntegrityError, InvalidInputError
@@ -116,7 +116,7 @@ def remove_leftovers(out: Path) -> None:
 
 def _by_codes(work: Work, out: Path) -> Candidate:
     changed = write_back(work.base, work.learnt, read_harness(work.current), out)
-    size = _delta_bytes(work.current, out)
+    size = delta_bytes(work.current, out)
     return Candidate("codes", dict(work.learnt), changed, noise(out, work.learnt), size)
 
 
@@ -139,7 +139,7 @@ def _by_products(work: Work, out: Path, share: float) -> Candidate | None:
     if found > MOST_NOISE:
         log.info("every changed code is sent: codes would be off by %.2f steps", found)
         return None
-    changed, size = _changed(work.base, out), _delta_bytes(work.current, out, updates)
+    changed, size = _changed(work.base, out), delta_bytes(work.current, out, updates)
     return Candidate("products", parameters, changed, found, size, tuple(updates))
 
 
@@ -155,14 +155,13 @@ def noise(bundle: Path, parameters: State) -> float:
     left out: there is no nearer one.
     """
     layout, total, count = tensors_of(bundle), 0.0, 0
-    for tensor in layout.values():
-        if tensor.dtype != "uint8" or any(s not in parameters for s in tensor.sources):
+    for tensor in given(layout, parameters):
+        if tensor.dtype != "uint8":
             continue
-        weight = np.concatenate([parameters[s].float().numpy() for s in tensor.sources])
         scales = read_tensor(bundle, layout[f"{tensor.name}.scales"])
         codes = read_tensor(bundle, tensor)
-        steps = weight.reshape(len(weight), scales.shape[1], -1) / scales[:, :, None]
-        off = steps.reshape(weight.shape) - (codes.astype(np.float32) - quantize.ZERO)
+        steps = quantize.in_steps(stacked(tensor, parameters), scales)
+        off = steps - (codes.astype(np.float32) - quantize.ZERO)
         inner = (codes > 1) & (codes < np.iinfo(np.uint8).max)
         total += float(np.square(off[inner], dtype=np.float64).sum())
         count += int(inner.sum())
@@ -175,7 +174,8 @@ def _changed(base: Path, bundle: Path) -> int:
     return sum(int((read_tensor(base, t) != read_tensor(bundle, t)).sum()) for t in kinds)
 
 
-def _delta_bytes(current: Path, bundle: Path, updates: Sequence[delta.Update] = ()) -> int:
+def delta_bytes(current: Path, bundle: Path, updates: Sequence[delta.Update] = ()) -> int:
+    """Size of the delta that a release of ``bundle`` after ``current`` is."""
     files = current / WEIGHTS, bundle / WEIGHTS
     made = bundle.with_name(bundle.name + ".delta")
     try:

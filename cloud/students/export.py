@@ -14,7 +14,7 @@ from cloud.students.layout import Tensor, plan
 from edge.student.bundle import read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -84,7 +84,8 @@ def _meta(source: Source, tensors: Sequence[Tensor], context: int, block: int) -
     }
 
 
-def _stacked(tensor: Tensor, state: Mapping[str, torch.Tensor]) -> quantize.Weights:
+def stacked(tensor: Tensor, state: Mapping[str, torch.Tensor]) -> quantize.Weights:
+    """A tensor's sources below one another, fp32."""
     parts = [state[s].detach().float().cpu().numpy() for s in tensor.sources]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -96,7 +97,7 @@ def _quantized(
     for tensor in tensors:
         if not tensor.sources:
             continue
-        weight = _stacked(tensor, state)
+        weight = stacked(tensor, state)
         if tensor.dtype == "uint8":
             scales = quantize.make_scales(weight, block)
             arrays[f"{tensor.name}.scales"] = scales
@@ -131,6 +132,13 @@ def tensors_of(bundle: Path) -> dict[str, Tensor]:
     return {raw["name"]: Tensor.from_json(raw) for raw in read_config(bundle)["tensors"]}
 
 
+def given(layout: Mapping[str, Tensor], state: Mapping[str, torch.Tensor]) -> Iterator[Tensor]:
+    """The tensors whose every source is in ``state``: what is written from it."""
+    for tensor in layout.values():
+        if tensor.sources and all(s in state for s in tensor.sources):
+            yield tensor
+
+
 def read_tensor(bundle: Path, tensor: Tensor) -> np.ndarray[Any, Any]:
     """One tensor of a bundle, mapped read-only."""
     path, dtype = bundle / "weights.bin", np.dtype(tensor.dtype)
@@ -158,10 +166,8 @@ def write_back(base: Path, state: Mapping[str, torch.Tensor], harness: Harness, 
     (work / "harness.json").write_bytes(harness.to_json())
     layout, changed = tensors_of(base), 0
     with (work / "weights.bin").open("r+b") as file:
-        for tensor in layout.values():
-            if not tensor.sources or any(s not in state for s in tensor.sources):
-                continue
-            array: np.ndarray[Any, Any] = _stacked(tensor, state)
+        for tensor in given(layout, state):
+            array: np.ndarray[Any, Any] = stacked(tensor, state)
             if tensor.dtype == "uint8":
                 scales = read_tensor(base, layout[f"{tensor.name}.scales"])
                 array = quantize.encode(array, scales)

@@ -50,11 +50,15 @@ def encode(weight: Weights, scales: Scales) -> Codes:
     >>> encode(w, make_scales(w))[0, [0, 1, 63]].tolist()
     [255, 128, 1]
     """
-    rows, columns = weight.shape
-    steps = weight.reshape(rows, scales.shape[1], -1) / scales[:, :, None]
-    codes = np.clip(np.rint(steps), -_LIMIT, _LIMIT) + ZERO
-    result: Codes = codes.astype(np.uint8).reshape(rows, columns)
+    codes = np.clip(np.rint(in_steps(weight, scales)), -_LIMIT, _LIMIT) + ZERO
+    result: Codes = codes.astype(np.uint8)
     return result
+
+
+def in_steps(weight: Weights, scales: Scales) -> Weights:
+    """Weights ``[rows, columns]`` in steps of their scales: codes before rounding, around zero."""
+    steps: Weights = weight.reshape(len(weight), scales.shape[1], -1) / scales[:, :, None]
+    return steps.reshape(weight.shape)
 
 
 def decode(codes: Codes, scales: Scales) -> Weights:
