@@ -207,7 +207,6 @@ def _judged(
         release=spec.release,
     )
     bundle, general = job / CANDIDATE, _said(spec)
-    judged: tuple[Candidate, gate.Verdict] | None = None
     progress("write the student", 0.8)
     for candidate in candidates(work, bundle, share=spec.delta_share):
         verdict = gate.run(
@@ -222,17 +221,15 @@ def _judged(
             spec.gate,
             lambda phase, part: progress(phase, 0.82 + 0.18 * part),
         )
-        judged = candidate, verdict
         if verdict.passed:
             break
         log.info("the gate refuses the update by %s: %s", candidate.way, verdict.to_json())
-    assert judged is not None  # noqa: S101  # codes can always be written
-    save_file(judged[0].parameters, job / LEARNT)
-    if judged[0].updates:
-        save_updates(judged[0].updates, job / UPDATES)
+    save_file(candidate.parameters, job / LEARNT)
+    if candidate.updates:
+        save_updates(candidate.updates, job / UPDATES)
     else:
         (job / UPDATES).unlink(missing_ok=True)  # of a run that was killed
-    return judged
+    return candidate, verdict
 
 
 def fitting(spec: Spec) -> Spec:

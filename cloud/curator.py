@@ -20,7 +20,7 @@ from cloud.policy import PolicyConfig, Situation, decide
 from cloud.rollout.state import Phase
 from cloud.students.candidates import DELTA_SHARE
 from edge.student.bundle import WEIGHTS, digest, sha256_file
-from protos.errors import IntegrityError, InvalidInputError
+from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, release_pb2
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from cloud.jobs import Job, Jobs
     from cloud.releases.store import Release, ReleaseStore
     from cloud.rollout.driver import RolloutDriver
-    from edge.delta import Update
     from protos.prompt import Shown
 
 log = logging.getLogger("anabranch.curator")
@@ -368,7 +367,7 @@ class Curator:
             ),
             gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
             fallback=self._fallback(),
-            updates=_updates(job, spec, latest),
+            updates=job.updates if latest and latest.version == spec.release else (),
         )
 
     def _fallback(self) -> int:
@@ -387,20 +386,6 @@ class Curator:
         for check in result["checks"]:
             self._metrics.value.labels(self._channel, check["name"]).set(check["value"])
             self._metrics.bound.labels(self._channel, check["name"]).set(check["bound"])
-
-
-def _updates(job: Job, spec: Spec, latest: Release | None) -> list[Update]:
-    """A job's products, unless another release came between: they turn that one's codes only.
-
-    They make the delta smaller, and no release waits for them.
-    """
-    if latest is None or latest.version != spec.release:
-        return []
-    try:
-        return job.updates
-    except IntegrityError as error:
-        log.warning("job %s: the delta is made without products: %s", job.name, error)
-        return []
 
 
 def _canary(shown: Shown) -> release_pb2.Canary:

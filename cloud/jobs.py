@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from cloud.adapt import CANDIDATE, LEARNT, UPDATES, Spec, write_atomically, writ
 from edge.delta import load_updates
 from edge.delta.files import storage_errors
 from edge.process import PARENT
+from protos.errors import IntegrityError
 from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge.delta import Update
+
+log = logging.getLogger("anabranch.jobs")
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
@@ -98,12 +102,17 @@ class Job:
     def updates(self) -> list[Update]:
         """Products that turn the codes it found in service into the candidate's; none: codes.
 
+        They only make the delta smaller: a damaged file holds nothing up.
+
         Raises:
-            IntegrityError: the file is damaged.
-            StorageError: it cannot be read.
+            StorageError: the file cannot be read.
         """
         path = self.folder / UPDATES
-        return load_updates(path) if path.exists() else []
+        try:
+            return load_updates(path) if path.exists() else []
+        except IntegrityError as error:
+            log.warning("the delta is made without products: %s", error)
+            return []
 
     def published(self, version: int) -> None:
         """Note that a release was made of it."""

@@ -106,13 +106,9 @@ def _play(options: DemoOptions, console: Console, began: float) -> report.Number
         student = _student(out / "student", progress)
         scripts = _scripts(options.seed, progress)
         with Record(out / "events.jsonl", time.monotonic) as record:
-            cloud = {
-                "--demonstrations": DEMONSTRATIONS,
-                "--steps": STEPS,
-                "--learning-rate": LEARNING_RATE,
-            }
-            words = tuple(word for pair in cloud.items() for word in map(str, pair))
-            settings = Settings(student, options.threads, words)
+            cloud = ("--demonstrations", str(DEMONSTRATIONS), "--steps", str(STEPS))
+            rate = ("--learning-rate", str(LEARNING_RATE))
+            settings = Settings(student, options.threads, (*cloud, *rate))
             town = Town(out / "town", HOMES, settings, record)
             facts = asyncio.run(_live(town, scripts, record, progress, began))
             figures = report.numbers(record, facts)

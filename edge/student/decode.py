@@ -191,23 +191,21 @@ class Run:
 
     def _choose(self, logits: Floats) -> list[int]:
         """Choose the next token; returns it and those forced after it, or none at the end."""
-        best, masked, bent, must = int(logits.argmax()), logits, False, list[int]()
-        greedy = self._decoding.temperature == 0
+        token, choices, bent, must = int(logits.argmax()), logits, False, list[int]()
+        sampled = self._decoding.temperature > 0
         if self._guide is not None:
             must = [] if self._fast else self._guide.forced()[:1]
             allowed = self._guide.allowed()
-            bent = not allowed[best]
+            bent = not allowed[token]
             if bent and not allowed.any():
                 msg = "the schema cannot guide: it leads to where nothing may follow"
                 raise GrammarError(msg)
-            if bent or not greedy:
-                masked = np.where(allowed, logits, np.float32(-np.inf))
+            if bent or sampled:
+                choices = np.where(allowed, logits, np.float32(-np.inf))
         if must:
             token = must[0]
-        elif greedy and not bent:
-            token = best
-        else:
-            token = choose(masked, self._decoding.temperature, self._rng)
+        elif bent or sampled:
+            token = choose(choices, self._decoding.temperature, self._rng)
         if token in self._eos:
             self._end("stop")
             return []

@@ -149,12 +149,10 @@ class Guide:
         bits = np.unpackbits(
             packed, count=min(self._vocabulary, packed.size * 8), bitorder="little"
         )
+        if bits.size < self._vocabulary:
+            bits = np.pad(bits, (0, self._vocabulary - bits.size))
         mask: npt.NDArray[np.bool_] = bits.view(np.bool_)
-        return (
-            np.pad(mask, (0, self._vocabulary - bits.size))
-            if bits.size < self._vocabulary
-            else mask
-        )
+        return mask
 
     def forced(self) -> list[int]:
         """Tokens that must follow; they are not consumed."""
