@@ -37,7 +37,7 @@ from cloud.students.candidates import (
     candidates,
     remove_leftovers,
 )
-from cloud.students.importer import ANSWERS
+from cloud.students.importer import ANSWERS, WRITTEN
 from edge.delta import save_updates
 from edge.delta.files import write_atomic
 from edge.process import end_with_parent
@@ -346,11 +346,16 @@ def course(spec: Spec) -> Course:
 def _anchors(spec: Spec) -> list[Example]:
     """What the base says by itself; needs no data set.
 
-    Its own answers to general prompts, and how it repeats what it was just shown: working memory
-    lives on that, and a skill that is learnt without it takes it away.
+    Its own answers to general prompts, and to requests that it wrote itself; and how it repeats
+    what it was just shown: working memory lives on that, and a skill that is learnt without it
+    takes it away.
     """
     encoder, said = _encoder(spec.base, prompts.SYSTEM), _said(spec)
     examples = [encoder.example([Message("user", p)], said[p]) for p in prompts.ANCHOR if said[p]]
+    for raw in json.loads((spec.masters / WRITTEN).read_text()):
+        example = encoder.example([Message("user", raw["request"])], raw["answer"])
+        cut = len(example.answer) if raw["ended"] else -1
+        examples.append(replace(example, answer=example.answer[:cut]))
     encoder = _encoder(spec.current)
     for request, answer in prompts.SHOWN:
         shown = Shown((Message("user", request),), answer)

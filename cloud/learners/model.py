@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from cloud.learners.lora import LoraLinear, adapt
+from cloud.learners.sampling import sample
 from protos.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import GenerationConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
 _ENCODE_TOKENS = 512  # rows of one matrix product when the frozen layers read fresh sequences
 
@@ -208,29 +209,12 @@ class SplitModel:
             return f"model.embed_tokens.{name.removeprefix('embed.')}"
         return f"lm_{name}" if name.startswith("head.") else f"model.{name}"
 
-    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Example], *, temperature: float, cap: int, end: int, seed: int
     ) -> list[tuple[int, ...]]:
         """One sampled answer to each prompt, with its end token unless ``cap`` cut it."""
-        texts = [torch.tensor([*p.prefix, *p.prompt]) for p in prompts]
-        longest = max(len(t) for t in texts)
-        ids = torch.full((len(texts), longest), end)
-        seen = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, longest - len(text) :] = text
-            seen[row, longest - len(text) :] = 1
-        torch.manual_seed(seed)
-        out = self._whole.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=seen.to(self.device),
-            generation_config=_generation(temperature, cap, end, self._whole.generation_config),
-        )
-        answers = []
-        for row in out[:, longest:].tolist():
-            length = row.index(end) + 1 if end in row else len(row)
-            answers.append(tuple(row[:length]))
-        return answers
+        texts = [(*p.prefix, *p.prompt) for p in prompts]
+        return sample(self._whole, texts, temperature=temperature, cap=cap, end=end, seed=seed)
 
     @torch.no_grad()
     def encode(self, sequences: Sequence[Example]) -> None:
@@ -300,23 +284,6 @@ class SplitModel:
         """Log-probabilities [answer tokens of all sequences, vocabulary], in nats."""
         head = self._head if upper.head is None else upper.head
         return torch.log_softmax(head(upper(self.pack(sequences, keep=keep))), dim=-1)
-
-
-def _generation(
-    temperature: float, cap: int, end: int, own: GenerationConfig | None
-) -> GenerationConfig:
-    from transformers import GenerationConfig  # noqa: PLC0415  # seconds that others save
-
-    return GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=cap,
-        eos_token_id=end,
-        pad_token_id=end,
-        bos_token_id=own and own.bos_token_id,  # else it is taken over with a warning
-    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cloud.learners.config import Divergence
     from cloud.learners.model import Example, SplitModel, Upper
 
-KEPT = 32
+KEPT = 256
 """Tokens that a kept distribution has, where nothing else is said."""
 
 

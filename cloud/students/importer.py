@@ -12,7 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from cloud.students import check, export
+from cloud.students import check, export, magpie
 from edge.student.bundle import digest, sha256_file
 from protos.errors import IntegrityError, InvalidInputError
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from protos.harness import Harness
 
-VERSION = 3
-ANSWERS = "answers.json"
-"""In the masters' folder: what the imported student itself says to general prompts."""
+VERSION = 4
+ANSWERS, WRITTEN = "answers.json", "written.json"
+"""In the masters' folder: what the imported student says to general prompts, and to its own."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,21 @@ def bring_in(
     export.export(brought, harness, work / "bundle")
     progress("answer general prompts", 0.45)
     said = check.answers(work / "bundle")
-    progress("check against torch", 0.65)
+    progress("check against torch", 0.6)
     agreement = check.compare(
         brought,
         work / "bundle",
         said,
-        lambda part: progress("check against torch", 0.65 + 0.25 * part),
+        lambda part: progress("check against torch", 0.6 + 0.15 * part),
+    )
+    written = magpie.write(
+        brought, seed=0, progress=lambda part: progress("write requests", 0.75 + 0.15 * part)
     )
     progress("keep fp32 masters", 0.9)
     brought.model.save_pretrained(work / "masters")
     (work / "masters" / ANSWERS).write_text(json.dumps(said, indent=1) + "\n")
+    kept = [asdict(w) for w in written]
+    (work / "masters" / WRITTEN).write_text(json.dumps(kept, indent=1) + "\n")
     note = {"version": VERSION, "key": key, "name": brought.name, "check": asdict(agreement)}
     note["digest"] = digest(work / "bundle")
     (work / "import.json").write_text(json.dumps(note, indent=1) + "\n")

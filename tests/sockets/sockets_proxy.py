@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 _BLOCK = 16 * 1024
+_ARRIVES = 0.2
+"""Seconds between the last byte and a reset, which throws away what a busy device has not read."""
 
 
 class Trouble(Enum):
@@ -100,6 +102,7 @@ class Proxy:
             out.write(data)
             await out.drain()
             if trouble is Trouble.CUT:
+                await asyncio.sleep(_ARRIVES)
                 break
             if trouble is Trouble.STALL:
                 stalled.set()

@@ -1,0 +1,106 @@
+"""Requests that a model writes itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cloud import adapt
+from cloud.learners import prompts
+from cloud.learners.config import LearnerConfig
+from cloud.students import importer, magpie, source
+from cloud.students.magpie import Written, write
+from protos.errors import InvalidInputError
+from protos.harness import Harness
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+_SAMPLES = 12
+
+
+@pytest.fixture(scope="module")
+def packaged() -> source.Source:
+    try:
+        path = source.packaged_gguf()
+    except InvalidInputError as error:
+        pytest.skip(str(error))
+    return source.load(path)
+
+
+@pytest.fixture(scope="module")
+def written(packaged: source.Source) -> list[Written]:
+    return write(packaged, seed=1, progress=lambda _: None, samples=_SAMPLES)
+
+
+def test_the_packaged_student_writes_requests_and_answers_them(written: list[Written]) -> None:
+    assert len(written) >= 3
+    assert all(len(w.request) > 8 and w.answer for w in written)
+    assert len({w.request for w in written}) == len(written)
+
+
+def test_the_same_is_written_again_but_for_what_the_gate_asks(
+    packaged: source.Source, written: list[Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = (w.request for w in written)
+    monkeypatch.setattr(magpie, "GATE", (first.upper(),))
+    again = write(packaged, seed=1, progress=lambda _: None, samples=_SAMPLES)
+    assert [w.request for w in again] == others
+
+
+def test_progress_ends_at_one(tiny_folder: Path) -> None:
+    told: list[float] = []
+    write(source.load(tiny_folder), seed=1, progress=told.append, samples=8)
+    assert told == sorted(told)
+    assert told
+    assert told[-1] in {0.5, 1.0}  # the half is requests, and there may be none to answer
+
+
+def job_of(imported: importer.Imported) -> adapt.Spec:
+    return adapt.Spec(
+        masters=imported.masters,
+        learnt=None,
+        base=imported.bundle,
+        current=imported.bundle,
+        train=(),
+        held_out=(),
+        replay=(),
+        earlier=(),
+    )
+
+
+def test_a_model_that_was_not_taught_to_chat_is_imported_all_the_same(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    harness = Harness(system="Be brief.", max_tokens=6)
+    imported = importer.bring_in(tiny_folder, harness, tmp_path / "student", lambda *_: None)
+    kept = json.loads((imported.masters / importer.WRITTEN).read_text())
+    assert isinstance(kept, list)
+
+
+def test_anchors_hold_what_was_written_and_a_cut_answer_has_no_end(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    harness = Harness(system="Be brief.", max_tokens=6)
+    imported = importer.bring_in(tiny_folder, harness, tmp_path / "student", lambda *_: None)
+    spec = job_of(imported)
+    keep = imported.masters / importer.WRITTEN
+    keep.write_text("[]")
+    before = adapt.course(spec).anchors
+    said = [Written("how?", "so", ended=True), Written("why?", "because", ended=False)]
+    keep.write_text(json.dumps([asdict(w) for w in said]))
+    after = adapt.course(spec).anchors
+    ended, cut = (a.answer for a in after if a not in before)
+    assert [len(ended), len(cut)] == [len("so") + 1, len("because")]
+    assert ended[-1] not in cut
+
+
+def test_a_learner_without_anchors_has_none(tiny_student: Path) -> None:
+    spec = job_of(importer.open_imported(tiny_student))
+    none = replace(spec, learner=LearnerConfig(anchor_batch=0))
+    assert adapt.course(none).anchors == ()
+    assert len(adapt.course(spec).anchors) > len(prompts.SHOWN)
