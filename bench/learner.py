@@ -93,6 +93,8 @@ RIVALS: dict[str, dict[str, Any]] = {
     "full_sft": {**_ALONE, "layers": (0.0, 1.0), "embeddings": True, "learning_rate": 2e-5},
 }
 """Cross-entropy with our options, but for these."""
+RESULTS = Path("bench/results/learner_full.json")
+"""Kept in the tree: it takes many hours, and goes on where it was."""
 ANY_STEPS = 100_000  # a budget in seconds ends the job before
 
 
@@ -241,7 +243,7 @@ class Sequence:
             "method": "trl",
             "learn_seconds": note["train_seconds"],
             "step_seconds": note["median_step_seconds"],
-            "losses": note["losses"],
+            "losses": setup.tenths(note["losses"]),
         }
 
     def _replay(self, stage: int) -> tuple[Shown, ...]:
@@ -313,7 +315,10 @@ def main() -> None:
     )
     parser.add_argument("--products", action="store_true", help="send stages as products")
     parser.add_argument("--keep", action="store_true", help="keep weights and files of stages")
-    parser.add_argument("--out", type=Path, help="build/bench/learner.json or learner_full.json")
+    parser.add_argument("--out", type=Path, help=f"build/bench/learner.json, or {RESULTS}")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/bench"), help="for the student and for weights"
+    )
     options = parser.parse_args()
     plan = Plan(
         methods=tuple(options.methods or (FULL if options.full else QUICK)),
@@ -324,19 +329,19 @@ def main() -> None:
         rival_steps=options.rival_steps,
         products=options.products,
     )
-    name = "learner_full.json" if options.full else "learner.json"
-    out: Path = options.out or Path("build/bench") / name
+    out: Path = options.out or (RESULTS if options.full else Path("build/bench/learner.json"))
     try:
-        measure(plan, setup.options(options.set), out, keep=options.keep)
+        measure(plan, setup.options(options.set), out, options.work, keep=options.keep)
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped: what was measured is in {out}; the same command goes on from there")
 
 
-def measure(plan: Plan, base_config: LearnerConfig, out: Path, *, keep: bool = False) -> None:
+def measure(
+    plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
+) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
     kept = json.loads(out.read_text()) if out.exists() else {}
@@ -357,7 +362,7 @@ def measure(plan: Plan, base_config: LearnerConfig, out: Path, *, keep: bool = F
         def tell(what: str, part: float) -> None:
             progress.update(bar, description=what, completed=part)
 
-        imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
+        imported = setup.student(skills.harness(), work / "learner-student", tell)
         base = kept.get("base") or general(
             imported.bundle, imported, plan, lambda p: tell("base: retention", p)
         )
@@ -365,7 +370,7 @@ def measure(plan: Plan, base_config: LearnerConfig, out: Path, *, keep: bool = F
             for method in plan.methods:
                 if f"{method}/{seed}" in runs:
                     continue
-                folder = out.parent / "learner-work" / f"{method}-{seed}"
+                folder = work / "learner-work" / f"{method}-{seed}"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 ours = runs.get(f"sdft/{seed}")

@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from edge.student.runtime import Student
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cloud.students.importer import Imported
     from protos.harness import Harness
@@ -100,8 +102,8 @@ def train(
     anchors: list[float] = []
 
     def report(seen: Any) -> None:  # noqa: ANN401
-        losses.append(round(seen.loss, 4))
-        anchors.append(round(seen.anchor, 4))
+        losses.append(seen.loss)
+        anchors.append(seen.anchor)
         tell(seen.fraction)
 
     outcome = adapt.learn(spec, Control(time.monotonic, report=report))
@@ -114,10 +116,21 @@ def train(
         "learn_seconds": round(outcome.scoring_seconds + sum(outcome.step_seconds), 1),
         "scoring_seconds": round(outcome.scoring_seconds, 1),
         "step_seconds": round(statistics.median(outcome.step_seconds), 3),
-        "losses": losses,
-        "anchor_losses": anchors,
+        "losses": tenths(losses),
+        "anchor_losses": tenths(anchors),
     }
     return outcome.parameters, note
+
+
+def tenths(values: Sequence[float]) -> list[float]:
+    """Means of ten equal parts of a curve, or the curve if it has fewer points.
+
+    >>> tenths([float(i // 2) for i in range(20)])
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    """
+    parts = min(10, len(values))
+    cuts = [len(values) * i // parts for i in range(parts + 1)] if parts else []
+    return [round(statistics.fmean(values[a:b]), 4) for a, b in pairwise(cuts)]
 
 
 def options(pairs: list[str]) -> LearnerConfig:
@@ -145,12 +158,23 @@ def options(pairs: list[str]) -> LearnerConfig:
 def machine() -> dict[str, Any]:
     """What figures were measured on."""
     return {
+        "commit": _commit(),
         "cores": os.cpu_count(),
         "processor": _processor(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "onnxruntime": version("onnxruntime"),
     }
+
+
+def _commit() -> str:
+    """The commit that was measured, with a plus where the tree differs from it; or nothing."""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
 
 
 def _processor() -> str:
