@@ -38,11 +38,12 @@ from cloud.students.candidates import (
     remove_leftovers,
 )
 from cloud.students.importer import ANSWERS, WRITTEN
+from cloud.students.magpie import Written
 from edge.delta import save_updates
 from edge.delta.files import write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
-from protos.errors import AnabranchError, TrainingError
+from protos.errors import AnabranchError, IntegrityError, TrainingError
 from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
@@ -343,6 +344,19 @@ def course(spec: Spec) -> Course:
     )
 
 
+def _written(masters: Path) -> list[Written]:
+    """What the imported model wrote itself.
+
+    Raises:
+        IntegrityError: the file is missing or broken.
+    """
+    try:
+        return [Written(**raw) for raw in json.loads((masters / WRITTEN).read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        msg = f"{masters / WRITTEN} cannot be read: import the student again"
+        raise IntegrityError(msg) from error
+
+
 def _anchors(spec: Spec) -> list[Example]:
     """What the base says by itself; needs no data set.
 
@@ -352,10 +366,11 @@ def _anchors(spec: Spec) -> list[Example]:
     """
     encoder, said = _encoder(spec.base, prompts.SYSTEM), _said(spec)
     examples = [encoder.example([Message("user", p)], said[p]) for p in prompts.ANCHOR if said[p]]
-    for raw in json.loads((spec.masters / WRITTEN).read_text()):
-        example = encoder.example([Message("user", raw["request"])], raw["answer"])
-        cut = len(example.answer) if raw["ended"] else -1
-        examples.append(replace(example, answer=example.answer[:cut]))
+    for written in _written(spec.masters):
+        example = encoder.example([Message("user", written.request)], written.answer)
+        if not written.ended:
+            example = replace(example, answer=example.answer[:-1])
+        examples.append(example)
     encoder = _encoder(spec.current)
     for request, answer in prompts.SHOWN:
         shown = Shown((Message("user", request),), answer)

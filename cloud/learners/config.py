@@ -102,7 +102,7 @@ class LearnerConfig:
     rank: int = 0
     alpha: float = 16.0
 
-    anchor_weight: float = 2.0
+    anchor_weight: float = 1.0
     anchor_batch: int = 8
     anchor_tokens: int = 24
     replay_weight: float = 1.0

@@ -36,7 +36,8 @@ def sample(
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=seen.to(model.device),
-        generation_config=_generation(temperature, cap, end, model.generation_config),
+        generation_config=_generation(temperature, cap, end),
+        use_model_defaults=False,  # or a model's own top_p and the like were added to ours
     )
     answers = []
     for row in out[:, longest:].tolist():
@@ -45,9 +46,7 @@ def sample(
     return answers
 
 
-def _generation(
-    temperature: float, cap: int, end: int, own: GenerationConfig | None
-) -> GenerationConfig:
+def _generation(temperature: float, cap: int, end: int) -> GenerationConfig:
     from transformers import GenerationConfig  # noqa: PLC0415  # seconds that others save
 
     return GenerationConfig(  # type: ignore[no-untyped-call]
@@ -58,5 +57,4 @@ def _generation(
         max_new_tokens=cap,
         eos_token_id=end,
         pad_token_id=end,
-        bos_token_id=own and own.bos_token_id,  # else it is taken over with a warning
     )

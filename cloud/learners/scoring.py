@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _NAMES = ("anchors", "replay", "teacher", "base", "held_teacher", "held_student")
 
+_HELD = 256
+"""Tokens kept of what a student is held to: with fewer it moves where the loss does not see it."""
+
 # Read once: what the frozen layers made of them is not kept.
 _ONCE = frozenset({"teacher", "held_teacher", "held_student"})
 
@@ -103,7 +106,7 @@ class _Scoring:
                 self._model.upper,
                 examples,
                 tokens=self._config.row_tokens,
-                kept=self._config.top_k if name == "teacher" else targets.KEPT,
+                kept=self._kept(name),
                 keep=name not in _ONCE,
             )
             for example, target in zip(examples, scored, strict=True):
@@ -111,3 +114,8 @@ class _Scoring:
                 self._done += example.length
                 phase = f"score {name.replace('_', ' ')}"
                 self._control.phase(phase, self._done / self._total)
+
+    def _kept(self, name: str) -> int:
+        if name == "teacher":
+            return self._config.top_k
+        return _HELD if name in {"anchors", "replay"} else targets.KEPT

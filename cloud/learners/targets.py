@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cloud.learners.config import Divergence
     from cloud.learners.model import Example, SplitModel, Upper
 
-KEPT = 256
+KEPT = 32
 """Tokens that a kept distribution has, where nothing else is said."""
 
 

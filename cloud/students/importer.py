@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 VERSION = 4
 ANSWERS, WRITTEN = "answers.json", "written.json"
-"""In the masters' folder: what the imported student says to general prompts, and to its own."""
+"""In the masters' folder: the bundle's greedy answers to general prompts; requests and answers that
+the masters wrote themselves (:mod:`cloud.students.magpie`)."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _eos(tokenizer: Tokenizer, declared: int | list[int] | None) -> tuple[int, .
     if end is None:
         msg = f"the tokenizer has no {IM_END} token: only ChatML students are supported"
         raise InvalidInputError(msg)
-    return tuple(sorted(ids | {end}))
+    return (end, *sorted(ids - {end}))  # the first is what learners end an answer with
 
 
 def _load_gguf(path: Path) -> Source:
