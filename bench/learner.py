@@ -342,7 +342,7 @@ def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    began = time.monotonic()
+    began, machine = time.monotonic(), setup.machine()
     note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
     kept = json.loads(out.read_text()) if out.exists() else {}
     same = json.loads(json.dumps(note))
@@ -377,13 +377,13 @@ def measure(
                 seconds = [s["learn_seconds"] for s in ours["stages"]] if ours else None
                 sequence = Sequence(plan, method, seed, imported)
                 sequence.run(folder, seconds, base_config, tell, progress.console.print)
-                sequence.result |= {"date": time.strftime("%Y-%m-%d"), "machine": setup.machine()}
+                sequence.result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine}
                 runs[f"{method}/{seed}"] = sequence.result
                 if not keep:
                     shutil.rmtree(folder)
                 note |= {
                     "date": time.strftime("%Y-%m-%d"),
-                    "machine": setup.machine(),
+                    "machine": machine,
                     "seconds": round(kept.get("seconds", 0) + time.monotonic() - began),
                     "methods": summary(plan.methods, plan.seeds, runs, base),
                     "base": base,

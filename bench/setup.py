@@ -167,14 +167,22 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def _commit() -> str:
-    """The commit that was measured, with a plus where the tree differs from it; or nothing."""
-    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
+    """The commit that is measured, with a plus where code differs from it; or nothing."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(git, capture_output=True, text=True, check=True)
+        changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip()
 
 
 def _processor() -> str:

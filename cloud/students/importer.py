@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from cloud.students import check, export, magpie
+from edge.delta.files import fsync_folder
 from edge.student.bundle import digest, sha256_file
 from protos.errors import IntegrityError, InvalidInputError
 
@@ -83,10 +85,22 @@ def bring_in(
     note = {"version": VERSION, "key": key, "name": brought.name, "check": asdict(agreement)}
     note["digest"] = digest(work / "bundle")
     (work / "import.json").write_text(json.dumps(note, indent=1) + "\n")
+    _sync(work)  # or a power loss might leave a whole folder of empty files
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     work.replace(out)
+    fsync_folder(out.parent)
     return _cached(out, key)
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    fsync_folder(folder)
 
 
 def open_imported(out: Path) -> Imported:
@@ -115,11 +129,11 @@ def _cached(out: Path, key: str | None) -> Imported:
 
 
 def _key(path: Path, harness: Harness) -> str:
-    """What decides an import: the source's bytes, the harness, and this module's version."""
+    """What decides an import: the source's bytes, harness, prompts, and this module's version."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     if not files or not files[0].exists():
         msg = f"{path} is neither a GGUF file nor a Hugging Face folder"
         raise InvalidInputError(msg)
-    parts = [str(VERSION).encode(), harness.to_json()]
+    parts = [str(VERSION).encode(), harness.to_json(), json.dumps(check.PROMPTS).encode()]
     parts += [f"{p.name} {sha256_file(p)}".encode() for p in files]
     return hashlib.sha256(b"\n".join(parts)).hexdigest()

@@ -7,14 +7,17 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from cloud import adapt
 from cloud.learners import prompts
 from cloud.learners.config import LearnerConfig
 from cloud.students import importer, magpie, source
 from cloud.students.magpie import Written, write
-from protos.errors import InvalidInputError
+from protos.errors import IntegrityError, InvalidInputError
 from protos.harness import Harness
+from protos.prompt import IM_END
+from tests.conftest import make_tiny_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,21 +46,49 @@ def test_the_packaged_student_writes_requests_and_answers_them(written: list[Wri
     assert len({w.request for w in written}) == len(written)
 
 
-def test_the_same_is_written_again_but_for_what_the_gate_asks(
+def test_what_the_gate_asks_is_never_written(
     packaged: source.Source, written: list[Written], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, *others = (w.request for w in written)
-    monkeypatch.setattr(magpie, "GATE", (first.upper(),))
+    monkeypatch.setattr(magpie, "GATE", (f"{first.upper()} ?",))
     again = write(packaged, seed=1, progress=lambda _: None, samples=_SAMPLES)
     assert [w.request for w in again] == others
 
 
-def test_progress_ends_at_one(tiny_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> source.Source:
+    """A random tiny model that often ends its turn."""
+    made = source.load(make_tiny_folder(tmp_path_factory.mktemp("talkative")))
+    end = made.tokenizer.token_to_id(IM_END)
+    head = made.model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    head.bias.data[end] = 4.0
+    head.bias.data[[0, 1]] = -100.0
+    return made
+
+
+def test_the_same_seed_writes_the_same_and_another_writes_other(talkative: source.Source) -> None:
+    def said(seed: int) -> list[Written]:
+        return write(talkative, seed=seed, progress=lambda _: None, samples=32)
+
+    assert said(1)
+    assert said(1) == said(1)
+    assert said(1) != said(2)
+
+
+def test_progress_ends_at_one(talkative: source.Source) -> None:
     told: list[float] = []
-    write(source.load(tiny_folder), seed=1, progress=told.append, samples=8)
+    write(talkative, seed=1, progress=told.append, samples=32)
     assert told == sorted(told)
-    assert told
-    assert told[-1] in {0.5, 1.0}  # the half is requests, and there may be none to answer
+    assert told[-1] == 1.0
+
+
+def test_a_text_with_a_special_token_is_thrown_away(talkative: source.Source) -> None:
+    talkative.model.lm_head.bias.data[0] = 100.0  # says nothing but <|endoftext|>
+    try:
+        assert write(talkative, seed=1, progress=lambda _: None, samples=8) == []
+    finally:
+        talkative.model.lm_head.bias.data[0] = -100.0
 
 
 def job_of(imported: importer.Imported) -> adapt.Spec:
@@ -73,15 +104,6 @@ def job_of(imported: importer.Imported) -> adapt.Spec:
     )
 
 
-def test_a_model_that_was_not_taught_to_chat_is_imported_all_the_same(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    harness = Harness(system="Be brief.", max_tokens=6)
-    imported = importer.bring_in(tiny_folder, harness, tmp_path / "student", lambda *_: None)
-    kept = json.loads((imported.masters / importer.WRITTEN).read_text())
-    assert isinstance(kept, list)
-
-
 def test_anchors_hold_what_was_written_and_a_cut_answer_has_no_end(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +111,9 @@ def test_anchors_hold_what_was_written_and_a_cut_answer_has_no_end(
     imported = importer.bring_in(tiny_folder, harness, tmp_path / "student", lambda *_: None)
     spec = job_of(imported)
     keep = imported.masters / importer.WRITTEN
+    keep.write_text("")
+    with pytest.raises(IntegrityError, match="import the student again"):
+        adapt.course(spec)
     keep.write_text("[]")
     before = adapt.course(spec).anchors
     said = [Written("how?", "so", ended=True), Written("why?", "because", ended=False)]
