@@ -20,7 +20,7 @@ _ARRIVES = 0.2
 class Trouble(Enum):
     """What happens to a connection."""
 
-    CUT = "both ends are reset"
+    CUT = "both ends are reset, a fifth of a second after the last byte"
     STALL = "nothing goes through any more, and nobody is told"
     CORRUPT = "the lowest bit of a byte is flipped"
     DELAY = "each block from then on waits a hundredth of a second"
