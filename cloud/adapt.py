@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 
+from cloud import anchors
 from cloud.encoder import Encoder
 from cloud.gate import gate
 from cloud.learners import prompts
@@ -37,13 +37,11 @@ from cloud.students.candidates import (
     candidates,
     remove_leftovers,
 )
-from cloud.students.importer import ANSWERS, WRITTEN
-from cloud.students.magpie import Written
 from edge.delta import save_updates
 from edge.delta.files import write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
-from protos.errors import AnabranchError, IntegrityError, TrainingError
+from protos.errors import AnabranchError, TrainingError
 from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
@@ -207,7 +205,7 @@ def _judged(
         current=spec.current,
         release=spec.release,
     )
-    bundle, general = job / CANDIDATE, _said(spec)
+    bundle, general = job / CANDIDATE, anchors.said(spec.masters)
     progress("write the student", 0.8)
     for candidate in candidates(work, bundle, share=spec.delta_share):
         verdict = gate.run(
@@ -239,7 +237,7 @@ def fitting(spec: Spec) -> Spec:
     A device may send 64 KiB; one such demonstration must not keep a channel from ever adapting.
     """
     harness, context = read_harness(spec.current), read_config(spec.current)["context_length"]
-    encoder = _encoder(spec.current)
+    encoder = Encoder.of(spec.current)
 
     def fits(demonstration: Shown) -> bool:
         lesson = encoder.lesson(demonstration, spec.learner)
@@ -319,65 +317,22 @@ def open_model(
     )
 
 
-def _encoder(bundle: Path, system: str | None = None) -> Encoder:
-    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    harness = read_harness(bundle)
-    return Encoder(
-        tokenizer, harness.system if system is None else system, read_config(bundle)["eos"][0]
-    )
-
-
-def _said(spec: Spec) -> dict[str, str]:
-    """What the imported model answers to general prompts, by prompt."""
-    answers: dict[str, str] = json.loads((spec.masters / ANSWERS).read_text())
-    return answers
-
-
 def course(spec: Spec) -> Course:
     """A spec's demonstrations in tokens, with the anchors."""
-    encoder = _encoder(spec.current)
+    encoder = Encoder.of(spec.current)
     return Course(
         lessons=tuple(encoder.lesson(d, spec.learner) for d in spec.train),
         held_out=tuple(encoder.lesson(d, spec.learner) for d in spec.held_out),
         replay=tuple(encoder.example(d.messages, d.answer) for d in spec.replay),
-        anchors=tuple(_anchors(spec)) if spec.learner.anchor_batch or spec.learner.ewc else (),
+        anchors=_anchors(spec),
     )
 
 
-def _written(masters: Path) -> list[Written]:
-    """What the imported model wrote itself.
-
-    Raises:
-        IntegrityError: the file is missing or broken.
-    """
-    try:
-        return [Written(**raw) for raw in json.loads((masters / WRITTEN).read_text())]
-    except (OSError, ValueError, TypeError) as error:
-        msg = f"{masters / WRITTEN} cannot be read: import the student again"
-        raise IntegrityError(msg) from error
-
-
-def _anchors(spec: Spec) -> list[Example]:
-    """What the base says by itself; needs no data set.
-
-    Its own answers to general prompts, and to requests that it wrote itself; and how it repeats
-    what it was just shown: working memory lives on that, and a skill that is learnt without it
-    takes it away.
-    """
-    encoder, said = _encoder(spec.base, prompts.SYSTEM), _said(spec)
-    examples = [encoder.example([Message("user", p)], said[p]) for p in prompts.ANCHOR if said[p]]
-    for written in _written(spec.masters):
-        example = encoder.example([Message("user", written.request)], written.answer)
-        if not written.ended:
-            example = replace(example, answer=example.answer[:-1])
-        examples.append(example)
-    encoder = _encoder(spec.current)
-    for request, answer in prompts.SHOWN:
-        shown = Shown((Message("user", request),), answer)
-        examples.append(encoder.example(shown.messages, answer, [shown]))
-    # Many short answers hold better than few long ones: what differs is between prompts.
+def _anchors(spec: Spec) -> tuple[Example, ...]:
+    if not (spec.learner.anchor_batch or spec.learner.ewc):
+        return ()
     tokens = spec.learner.anchor_tokens
-    return [replace(e, answer=e.answer[:tokens]) for e in examples]
+    return tuple(anchors.examples(spec.masters, spec.base, spec.current, tokens))
 
 
 def main() -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+from tokenizers import Tokenizer
 
 from cloud.learners.course import Lesson
 from cloud.learners.model import Example
-from protos.prompt import Message, Shown, chat, render
+from edge.student.bundle import read_config, read_harness
+from protos.prompt import IM_END, Message, Shown, chat, render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from tokenizers import Tokenizer
+    from pathlib import Path
 
     from cloud.learners.config import LearnerConfig
 
@@ -30,6 +32,14 @@ class Encoder:
         self._system = system
         self._eos = eos
 
+    @classmethod
+    def of(cls, bundle: Path, system: str | None = None) -> Self:
+        """The encoder of a bundle's tokenizer, with the bundle's system prompt or another."""
+        tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+        harness = read_harness(bundle)
+        end = read_config(bundle)["eos"][0]
+        return cls(tokenizer, harness.system if system is None else system, end)
+
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -42,6 +52,11 @@ class Encoder:
         if whole[: len(prefix)] != prefix:  # the request brought its own system message
             prefix = ()
         return Example(prefix, whole[len(prefix) :], (*self._ids(answer), self._eos))
+
+    def opening(self) -> tuple[int, ...]:
+        """Tokens between the system's turn and the words of the user."""
+        text = render([Message("user", "")], answer=False)
+        return self._ids(text[: text.rindex(IM_END)])
 
     def lesson(self, shown: Shown, config: LearnerConfig) -> Lesson:
         """A demonstration as student and teacher see it.

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import GenerationConfig, LlamaForCausalLM
+    from transformers import Cache, GenerationConfig, LlamaForCausalLM
 
 
 @torch.no_grad()
@@ -26,24 +26,53 @@ def sample(
 
     Each is at most ``cap`` tokens, its last the token ``end`` unless ``cap`` cut it.
     """
-    longest = max(len(t) for t in texts)
+    # What all begin with is read once: of a short request the system prompt is the most.
+    shared = _shared(texts)
+    common, rests = list(texts[0][:shared]), [t[shared:] for t in texts]
+    longest = max(len(rest) for rest in rests)
     ids = torch.full((len(texts), longest), end)
     seen = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, longest - len(text) :] = torch.tensor(text)
-        seen[row, longest - len(text) :] = 1
+    for row, rest in enumerate(rests):
+        ids[row, longest - len(rest) :] = torch.tensor(rest)
+        seen[row, longest - len(rest) :] = 1
+    begin = torch.tensor([common], dtype=torch.long, device=model.device)
+    again = begin.expand(len(texts), -1)
     torch.manual_seed(seed)
     out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=seen.to(model.device),
+        input_ids=torch.cat([again, ids.to(model.device)], 1),
+        attention_mask=torch.cat([torch.ones_like(again), seen.to(model.device)], 1),
         generation_config=_generation(temperature, cap, end),
+        past_key_values=_read(model, begin, len(texts)),
         use_model_defaults=False,  # or a model's own top_p and the like were added to ours
     )
     answers = []
-    for row in out[:, longest:].tolist():
+    for row in out[:, shared + longest :].tolist():
         length = row.index(end) + 1 if end in row else len(row)
         answers.append(tuple(row[:length]))
     return answers
+
+
+def _shared(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with; each keeps one that is its own to read.
+
+    >>> _shared([(1, 2, 3), (1, 2, 4)]), _shared([(1, 2), (1, 2)]), _shared([(1,), (2,)])
+    (2, 1, 0)
+    """
+    ordered = sorted(map(tuple, texts))
+    first, last = ordered[0], ordered[-1]
+    same = 0
+    while same < min(len(first), len(last)) and first[same] == last[same]:
+        same += 1
+    return min(same, min(len(t) for t in texts) - 1)
+
+
+def _read(model: LlamaForCausalLM, begin: torch.Tensor, rows: int) -> Cache | None:
+    """What the model keeps of ``begin`` [1, tokens], for so many rows; None of nothing."""
+    if not begin.shape[1]:
+        return None
+    cache: Cache = model(begin, use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def _generation(temperature: float, cap: int, end: int) -> GenerationConfig:

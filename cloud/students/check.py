@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cloud.students.source import Source
 
 PROMPTS = ANCHOR + GATE
-_TOKENS = 48
+ANSWER_TOKENS = 48
+"""The most of an answer; a longer one is cut there."""
 _COMPARED = 24
 
 
@@ -48,7 +49,7 @@ def answers(bundle: Path) -> dict[str, str]:
     """
     student = Student.open(bundle)
     chats = [chat(SYSTEM, [Message("user", p)]) for p in PROMPTS]
-    said = student.answer_all(chats, _TOKENS)
+    said = student.answer_all(chats, ANSWER_TOKENS)
     student.close()
     return {p: a.text for p, a in zip(PROMPTS, said, strict=True)}
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from protos.harness import Harness
 
-VERSION = 4
+VERSION = 5
 ANSWERS, WRITTEN = "answers.json", "written.json"
 """In the masters' folder: the bundle's greedy answers to general prompts; requests and answers that
 the masters wrote themselves (:mod:`cloud.students.magpie`)."""

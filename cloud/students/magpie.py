@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 256
 """Requests that are begun; what does not end in time, or was said before, is thrown away."""
-_REQUEST_TOKENS = 24
+_REQUEST_TOKENS = 28
 _ANSWER_TOKENS = 24
 _TEMPERATURE = 0.8  # at 1.0 a model of this size loses the thread
 _BATCH = 128

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from cloud import adapt
 from cloud.learners import prompts
 from cloud.learners.config import LearnerConfig
-from cloud.students import importer, magpie, source
+from cloud.students import check, importer, magpie, source
 from cloud.students.magpie import Written, write
 from protos.errors import IntegrityError, InvalidInputError
 from protos.harness import Harness
@@ -116,12 +117,34 @@ def test_anchors_hold_what_was_written_and_a_cut_answer_has_no_end(
         adapt.course(spec)
     keep.write_text("[]")
     before = adapt.course(spec).anchors
-    said = [Written("how?", "so", ended=True), Written("why?", "because", ended=False)]
+    said = [
+        Written("how?", "so", ended=True),
+        Written("why?", "because", ended=False),
+        Written("say: what is DNA?", "a prompt of the gate", ended=True),
+    ]
     keep.write_text(json.dumps([asdict(w) for w in said]))
-    after = adapt.course(spec).anchors
-    ended, cut = (a.answer for a in after if a not in before)
-    assert [len(ended), len(cut)] == [len("so") + 1, len("because")]
-    assert ended[-1] not in cut
+    after = [a for a in adapt.course(spec).anchors if a not in before]
+    tokenizer = Tokenizer.from_file(str(imported.bundle / "tokenizer.json"))
+    words = [tokenizer.decode(list(a.answer), skip_special_tokens=False) for a in after]
+    between = "<|im_end|>\n<|im_start|>assistant\n"
+    assert words == [f"how?{between}so<|im_end|>", f"why?{between}because"]
+
+
+def test_an_answer_that_the_import_cut_gets_no_end(tiny_folder: Path, tmp_path: Path) -> None:
+    imported = importer.bring_in(
+        tiny_folder,
+        Harness(system="Be brief.", max_tokens=6),
+        tmp_path / "student",
+        lambda *_: None,
+    )
+    (imported.masters / importer.WRITTEN).write_text("[]")
+    short, long = prompts.ANCHOR[:2]
+    said = {short: "a", long: "a" * 60}
+    (imported.masters / importer.ANSWERS).write_text(json.dumps(said))
+    spec = replace(job_of(imported), learner=LearnerConfig(anchor_tokens=50))
+    whole, cut = (a.answer for a in adapt.course(spec).anchors[:2])
+    assert len(cut) == check.ANSWER_TOKENS
+    assert whole[-1] not in cut
 
 
 def test_a_learner_without_anchors_has_none(tiny_student: Path) -> None:
