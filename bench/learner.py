@@ -366,6 +366,9 @@ def measure(
         base = kept.get("base") or general(
             imported.bundle, imported, plan, lambda p: tell("base: retention", p)
         )
+        if runs:
+            commits = sorted({r["machine"].get("commit", "?") for r in runs.values()})
+            progress.console.print(f"kept: {len(runs)} runs in {out}, of {', '.join(commits)}")
         for seed in plan.seeds:
             for method in plan.methods:
                 if f"{method}/{seed}" in runs:

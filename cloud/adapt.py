@@ -155,12 +155,13 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     if not spec.train or not spec.held_out:
         msg = f"{len(spec.train)} demonstrations to learn, {len(spec.held_out)} held out: need both"
         raise TrainingError(msg)
+    general = anchors.said(spec.masters)  # read first: it must not fail after an hour of learning
     torch.set_num_threads(spec.threads)
     progress = Progress(job / "progress.json", clock)
     began = clock()
     outcome = learn(spec, Control(clock, _report(progress), _phase(progress), job))
     seconds = clock() - began
-    candidate, verdict = _judged(spec, outcome.parameters, job, progress)
+    candidate, verdict = _judged(spec, outcome.parameters, general, job, progress)
     left_out = [i for i, d in enumerate(whole.train) if d not in spec.train]
     if left_out:
         log.warning("%d demonstrations are too long to learn from: left out", len(left_out))
@@ -194,7 +195,11 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
 
 
 def _judged(
-    spec: Spec, learnt: dict[str, torch.Tensor], job: Path, progress: Progress
+    spec: Spec,
+    learnt: dict[str, torch.Tensor],
+    said: dict[str, str],
+    job: Path,
+    progress: Progress,
 ) -> tuple[Candidate, gate.Verdict]:
     """Write the smallest candidate that passes the gate, or the last one, and what it holds."""
     work = Work(
@@ -205,7 +210,7 @@ def _judged(
         current=spec.current,
         release=spec.release,
     )
-    bundle, general = job / CANDIDATE, anchors.said(spec.masters)
+    bundle = job / CANDIDATE
     progress("write the student", 0.8)
     for candidate in candidates(work, bundle, share=spec.delta_share):
         verdict = gate.run(
@@ -215,7 +220,7 @@ def _judged(
                 candidate=bundle,
                 new=spec.held_out,
                 earlier=spec.earlier,
-                general=tuple((p, general[p]) for p in prompts.GATE),
+                general=tuple((p, said[p]) for p in prompts.GATE),
             ),
             spec.gate,
             lambda phase, part: progress(phase, 0.82 + 0.18 * part),

@@ -53,9 +53,12 @@ def said(masters: Path) -> dict[str, str]:
     """What the imported model answers to general prompts, by prompt.
 
     Raises:
-        IntegrityError: the file is missing or broken.
+        IntegrityError: the file is missing or broken, or lacks a prompt.
     """
     answers: dict[str, str] = _read(masters / ANSWERS)
+    if missing := set(prompts.ANCHOR + prompts.GATE) - set(answers):
+        msg = f"{masters / ANSWERS} lacks {len(missing)} prompts: import the student again"
+        raise IntegrityError(msg)
     return answers
 
 
@@ -70,7 +73,7 @@ def _read(path: Path) -> Any:  # noqa: ANN401  # JSON
 def _answered(encoder: Encoder, masters: Path, tokens: int) -> Iterator[Example]:
     answers = said(masters)
     for prompt in prompts.ANCHOR:
-        if answers.get(prompt):
+        if answers[prompt]:
             example = encoder.example([Message("user", prompt)], answers[prompt])
             if len(example.answer) > ANSWER_TOKENS:  # cut there: its end is not the model's
                 example = _first(example, ANSWER_TOKENS)
@@ -78,24 +81,19 @@ def _answered(encoder: Encoder, masters: Path, tokens: int) -> Iterator[Example]
 
 
 def _written(encoder: Encoder, masters: Path, tokens: int) -> Iterator[Example]:
-    """Requests and answers that the model drew: it is held to its own words in both turns."""
+    """Answers to requests that the model drew as well."""
     try:
         kept = [Written(**raw) for raw in _read(masters / WRITTEN)]
     except TypeError as error:
         msg = f"{masters / WRITTEN} cannot be read: import the student again"
         raise IntegrityError(msg) from error
-    opening = encoder.opening()
     for written in kept:
         if asked_before(written.request):
             continue  # the gate may have got new prompts since the import
         example = encoder.example([Message("user", written.request)], written.answer)
-        answer = example.answer if written.ended else example.answer[:-1]
-        begin = len(opening) if example.prompt[: len(opening)] == opening else len(example.prompt)
-        yield replace(
-            example,
-            prompt=example.prompt[:begin],
-            answer=example.prompt[begin:] + answer[:tokens],
-        )
+        if not written.ended:
+            example = replace(example, answer=example.answer[:-1])
+        yield _first(example, tokens)
 
 
 def _first(example: Example, tokens: int) -> Example:

@@ -10,6 +10,7 @@ import typer
 
 from cloud.cli_trust import keys_app, release_app
 from cloud.device_cli import device_app
+from cloud.learners.config import DEFAULT
 from cloud.rollout_cli import add_device_commands, rollout_app
 from protos.errors import AnabranchError, InvalidInputError
 
@@ -124,8 +125,8 @@ def cloud(
         int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
     learner: Annotated[
-        str, typer.Option(help="How to learn: sdft, sft-anchored, ... (docs/learning.md).")
-    ] = "sdft",
+        str, typer.Option(help="How to learn: sft-anchored, sdft, ... (docs/learning.md).")
+    ] = DEFAULT,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 75,
     learning_rate: Annotated[
         float | None,

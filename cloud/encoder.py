@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from cloud.learners.course import Lesson
 from cloud.learners.model import Example
 from edge.student.bundle import read_config, read_harness
-from protos.prompt import IM_END, Message, Shown, chat, render
+from protos.prompt import Message, Shown, chat, render
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,11 +52,6 @@ class Encoder:
         if whole[: len(prefix)] != prefix:  # the request brought its own system message
             prefix = ()
         return Example(prefix, whole[len(prefix) :], (*self._ids(answer), self._eos))
-
-    def opening(self) -> tuple[int, ...]:
-        """Tokens between the system's turn and the words of the user."""
-        text = render([Message("user", "")], answer=False)
-        return self._ids(text[: text.rindex(IM_END)])
 
     def lesson(self, shown: Shown, config: LearnerConfig) -> Lesson:
         """A demonstration as student and teacher see it.

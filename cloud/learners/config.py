@@ -36,7 +36,7 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """Options of one job of learning; the defaults are our self-distillation (docs/learning.md).
+    """Options of one job of learning; unchanged they are the preset ``sdft`` (docs/learning.md).
 
     What is learnt from a demonstration:
 
@@ -190,8 +190,8 @@ def _refuse(why: str) -> None:
     raise InvalidInputError(why)
 
 
-DEFAULT = "sdft"
-"""The learner of a cloud that is not told another (docs/adr/0010)."""
+DEFAULT = "sft-anchored"
+"""The learner of a cloud that is not told another: what measured best (docs/adr/0018)."""
 
 _ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
 

@@ -53,7 +53,7 @@ def sample(
 
 
 def _shared(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts begin with; each keeps one that is its own to read.
+    """How many tokens all texts begin with; each keeps at least one that is read for it alone.
 
     >>> _shared([(1, 2, 3), (1, 2, 4)]), _shared([(1, 2), (1, 2)]), _shared([(1,), (2,)])
     (2, 1, 0)
@@ -63,7 +63,7 @@ def _shared(texts: Sequence[Sequence[int]]) -> int:
     same = 0
     while same < min(len(first), len(last)) and first[same] == last[same]:
         same += 1
-    return min(same, min(len(t) for t in texts) - 1)
+    return max(0, min(same, len(first) - 1))
 
 
 def _read(model: LlamaForCausalLM, begin: torch.Tensor, rows: int) -> Cache | None:

@@ -123,11 +123,15 @@ def test_anchors_hold_what_was_written_and_a_cut_answer_has_no_end(
         Written("say: what is DNA?", "a prompt of the gate", ended=True),
     ]
     keep.write_text(json.dumps([asdict(w) for w in said]))
-    after = [a for a in adapt.course(spec).anchors if a not in before]
+    ended, cut = (a for a in adapt.course(spec).anchors if a not in before)
     tokenizer = Tokenizer.from_file(str(imported.bundle / "tokenizer.json"))
-    words = [tokenizer.decode(list(a.answer), skip_special_tokens=False) for a in after]
-    between = "<|im_end|>\n<|im_start|>assistant\n"
-    assert words == [f"how?{between}so<|im_end|>", f"why?{between}because"]
+
+    def text(ids: tuple[int, ...]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert [text(ended.prompt), text(cut.prompt)] == [turns.format("how?"), turns.format("why?")]
+    assert [text(ended.answer), text(cut.answer)] == ["so<|im_end|>", "because"]
 
 
 def test_an_answer_that_the_import_cut_gets_no_end(tiny_folder: Path, tmp_path: Path) -> None:
@@ -139,7 +143,7 @@ def test_an_answer_that_the_import_cut_gets_no_end(tiny_folder: Path, tmp_path: 
     )
     (imported.masters / importer.WRITTEN).write_text("[]")
     short, long = prompts.ANCHOR[:2]
-    said = {short: "a", long: "a" * 60}
+    said = dict.fromkeys(check.PROMPTS, "") | {short: "a", long: "a" * 60}
     (imported.masters / importer.ANSWERS).write_text(json.dumps(said))
     spec = replace(job_of(imported), learner=LearnerConfig(anchor_tokens=50))
     whole, cut = (a.answer for a in adapt.course(spec).anchors[:2])
