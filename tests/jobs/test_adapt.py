@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -188,9 +189,22 @@ def test_a_job_that_fails_says_why_in_its_result(tiny_student: Path, tmp_path: P
     assert "Traceback" not in ended.stderr
 
 
-def test_a_fault_that_nobody_foresaw_is_a_result_too(tiny_student: Path, tmp_path: Path) -> None:
+def test_masters_that_are_gone_are_an_error_that_says_what_to_do(
+    tiny_student: Path, tmp_path: Path
+) -> None:
     job = tmp_path / "0001"
     real(tiny_student, job, masters=tmp_path / "nowhere")
+    ended = start(job)
+    assert ended.returncode == 1
+    assert "import the student again" in json.loads((job / "result.json").read_text())["error"]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_fault_that_nobody_foresaw_is_a_result_too(tiny_student: Path, tmp_path: Path) -> None:
+    job, masters = tmp_path / "0001", tmp_path / "masters"
+    shutil.copytree(tiny_student / "masters", masters)
+    (masters / "model.safetensors").write_bytes(b"no weights")
+    real(tiny_student, job, masters=masters)
     ended = start(job)
     assert ended.returncode == 1
     result = json.loads((job / "result.json").read_text())
