@@ -15,8 +15,8 @@ written on the frozen scales. What is measured is the quantized ONNX student of 
 
 Methods: ``sft`` is plain supervised fine-tuning of the same layers for as many steps as ours;
 ``sft_anchored`` the same with our anchors and replay, and our seconds at every stage (teacher's
-included); ``sdft`` our self-distillation. ``--full`` takes five skills, three seeds, more rivals
-and TRL.
+included), what the cloud does unless told otherwise; ``sdft`` our self-distillation. ``--full``
+takes five skills, three seeds, more rivals and TRL.
 
     make bench-learner         # three skills, one seed: some 40 minutes on two cores
     make bench-learner-full    # hours; what is done already is not done again

@@ -3,10 +3,11 @@
 Twenty steps each, one method after another in processes of their own (so that peak memory is each
 method's), on the same home commands, eight a step, with no anchors and no replay, in fp32:
 
-- sdft: our default. Its step_seconds are the median step and, on top, its share of what was scored
-  before the first step (the teacher's word on every lesson, the default number of steps sharing);
+- sdft: our self-distillation. Its step_seconds are the median step and, on top, its share of what
+  was scored before the first step (the teacher's word on every lesson, the default number of steps
+  sharing);
 - sft: cross-entropy on the same batches and layers;
-- sdft_with_anchors: our default as the cloud runs it, with its anchors;
+- sdft_with_anchors: the same with its anchors;
 - sdft_paper: the paper's recipe by our code (all layers and embeddings, averaged teacher, sampled
   answers of at most 40 tokens, full vocabulary);
 - trl: the paper's recipe by TRL, in an environment of its own (``bench/peers/trl_sdft.py``).
