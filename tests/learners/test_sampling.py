@@ -21,7 +21,8 @@ _COMMON = (1, 20, 21, 22, 23)
 
 @pytest.fixture(scope="module")
 def model(tiny_folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    made: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return made  # in evaluation mode, as `from_pretrained` leaves it
 
 
 def said(model: LlamaForCausalLM, texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -127,7 +127,8 @@ def test_anchors_hold_what_was_written_and_a_cut_answer_has_no_end(
     tokenizer = Tokenizer.from_file(str(imported.bundle / "tokenizer.json"))
 
     def text(ids: tuple[int, ...]) -> str:
-        return tokenizer.decode(list(ids), skip_special_tokens=False)
+        words: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+        return words
 
     turns = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert [text(ended.prompt), text(cut.prompt)] == [turns.format("how?"), turns.format("why?")]
