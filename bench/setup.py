@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import human, skills
-from cloud import adapt
+from cloud import adapt, anchors
 from cloud.gate.gate import base_kl
 from cloud.learners import prompts
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control
 from cloud.students import importer
 from cloud.students import source as sources
-from cloud.students.importer import ANSWERS
 from edge.student.runtime import Student
 from protos.errors import InvalidInputError
 
@@ -86,7 +85,7 @@ def spec(
 
 def drift(imported: Imported, candidate: Student) -> float:
     """Mean KL(base||candidate) in nats a token on the base's answers to the gate's prompts."""
-    said = json.loads((imported.masters / ANSWERS).read_text())
+    said = anchors.said(imported.masters)
     base = Student.open(imported.bundle, threads=THREADS)
     kl = base_kl(base, candidate, [(p, said[p]) for p in prompts.GATE])
     base.close()
@@ -99,11 +98,11 @@ def train(
     """One job of learning; the parameters that differ from the import, and how it went."""
     torch.set_num_threads(THREADS)
     losses: list[float] = []
-    anchors: list[float] = []
+    anchor_losses: list[float] = []
 
     def report(seen: Any) -> None:  # noqa: ANN401
         losses.append(seen.loss)
-        anchors.append(seen.anchor)
+        anchor_losses.append(seen.anchor)
         tell(seen.fraction)
 
     outcome = adapt.learn(spec, Control(time.monotonic, report=report))
@@ -117,7 +116,7 @@ def train(
         "scoring_seconds": round(outcome.scoring_seconds, 1),
         "step_seconds": round(statistics.median(outcome.step_seconds), 3),
         "losses": tenths(losses),
-        "anchor_losses": tenths(anchors),
+        "anchor_losses": tenths(anchor_losses),
     }
     return outcome.parameters, note
 

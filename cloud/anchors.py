@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cloud.encoder import Encoder
 from cloud.learners import prompts
-from cloud.students.check import ANSWER_TOKENS
+from cloud.students.check import ANSWER_TOKENS, PROMPTS
 from cloud.students.importer import ANSWERS, WRITTEN
 from cloud.students.magpie import Written, asked_before
 from protos.errors import IntegrityError
 from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from cloud.learners.model import Example
+
+T = TypeVar("T")
 
 
 def examples(masters: Path, base: Path, current: Path, tokens: int) -> list[Example]:
@@ -55,17 +57,17 @@ def said(masters: Path) -> dict[str, str]:
     Raises:
         IntegrityError: the file is missing or broken, or lacks a prompt.
     """
-    answers: dict[str, str] = _read(masters / ANSWERS)
-    if missing := set(prompts.ANCHOR + prompts.GATE) - set(answers):
+    answers: dict[str, str] = _read(masters / ANSWERS, dict)
+    if missing := set(PROMPTS) - set(answers):
         msg = f"{masters / ANSWERS} lacks {len(missing)} prompts: import the student again"
         raise IntegrityError(msg)
     return answers
 
 
-def _read(path: Path) -> Any:  # noqa: ANN401  # JSON
+def _read(path: Path, parse: Callable[[Any], T]) -> T:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return parse(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         msg = f"{path} cannot be read: import the student again"
         raise IntegrityError(msg) from error
 
@@ -75,19 +77,13 @@ def _answered(encoder: Encoder, masters: Path, tokens: int) -> Iterator[Example]
     for prompt in prompts.ANCHOR:
         if answers[prompt]:
             example = encoder.example([Message("user", prompt)], answers[prompt])
-            if len(example.answer) > ANSWER_TOKENS:  # cut there: its end is not the model's
-                example = _first(example, ANSWER_TOKENS)
-            yield _first(example, tokens)
+            # An answer that long was cut at its import: an end after it is not the model's.
+            yield _first(example, min(tokens, ANSWER_TOKENS))
 
 
 def _written(encoder: Encoder, masters: Path, tokens: int) -> Iterator[Example]:
     """Answers to requests that the model drew as well."""
-    try:
-        kept = [Written(**raw) for raw in _read(masters / WRITTEN)]
-    except TypeError as error:
-        msg = f"{masters / WRITTEN} cannot be read: import the student again"
-        raise IntegrityError(msg) from error
-    for written in kept:
+    for written in _read(masters / WRITTEN, lambda raws: [Written(**raw) for raw in raws]):
         if asked_before(written.request):
             continue  # the gate may have got new prompts since the import
         example = encoder.example([Message("user", written.request)], written.answer)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edge.student.prefix import shared
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,8 +29,8 @@ def sample(
     Each is at most ``cap`` tokens, its last the token ``end`` unless ``cap`` cut it.
     """
     # What all begin with is read once: of a short request the system prompt is the most.
-    shared = _shared(texts)
-    common, rests = list(texts[0][:shared]), [t[shared:] for t in texts]
+    same = _beginning(texts)
+    common, rests = list(texts[0][:same]), [t[same:] for t in texts]
     longest = max(len(rest) for rest in rests)
     ids = torch.full((len(texts), longest), end)
     seen = torch.zeros_like(ids)
@@ -46,24 +48,20 @@ def sample(
         use_model_defaults=False,  # or a model's own top_p and the like were added to ours
     )
     answers = []
-    for row in out[:, shared + longest :].tolist():
+    for row in out[:, same + longest :].tolist():
         length = row.index(end) + 1 if end in row else len(row)
         answers.append(tuple(row[:length]))
     return answers
 
 
-def _shared(texts: Sequence[Sequence[int]]) -> int:
+def _beginning(texts: Sequence[Sequence[int]]) -> int:
     """How many tokens all texts begin with; each keeps at least one that is read for it alone.
 
-    >>> _shared([(1, 2, 3), (1, 2, 4)]), _shared([(1, 2), (1, 2)]), _shared([(1,), (2,)])
+    >>> _beginning([(1, 2, 3), (1, 2, 4)]), _beginning([(1, 2), (1, 2)]), _beginning([(1,), (2,)])
     (2, 1, 0)
     """
-    ordered = sorted(map(tuple, texts))
-    first, last = ordered[0], ordered[-1]
-    same = 0
-    while same < min(len(first), len(last)) and first[same] == last[same]:
-        same += 1
-    return max(0, min(same, len(first) - 1))
+    same = min(shared(texts[0], text) for text in texts)
+    return max(0, min(same, min(map(len, texts)) - 1))
 
 
 def _read(model: LlamaForCausalLM, begin: torch.Tensor, rows: int) -> Cache | None:
