@@ -33,7 +33,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,8 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from bench import human, retention, setup, skills, trl
+from bench.learner_methods import FULL, QUICK, config_of
 from bench.learner_report import summary, table
-from cloud.learners.config import PRESETS, LearnerConfig
 from cloud.students.candidates import DELTA_SHARE, Work, candidates
 from edge.student.runtime import Student
 from protos.errors import AnabranchError, InvalidInputError
@@ -56,46 +56,16 @@ if TYPE_CHECKING:
     import torch
 
     from cloud import adapt
+    from cloud.learners.config import LearnerConfig
     from cloud.students.importer import Imported
     from protos.prompt import Shown
 
     State = dict[str, torch.Tensor]
 
-QUICK = ("sdft", "sft_anchored", "sft")
-FULL = (
-    *QUICK,
-    "sdft_no_anchor",
-    "sdft_no_replay",
-    "sdft_teacher_only",
-    "isdft",
-    "sft_replay",
-    "lora",
-    "ewc",
-    "full_sft",
-    "trl",
-)
 SKILLS = ("lights", "media", skills.FACTS)
 FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "sdft": {},
-    "sdft_no_anchor": {"anchor_batch": 0},
-    "sdft_no_replay": {"replay_batch": 0},
-    "sdft_teacher_only": {"hint": (0.0, 0.0), "sharpness": 1.0},
-    "isdft": {"hint": (0.0, 0.0), "sharpness": 1.0, "proximal": 0.25, "base_weight": 2e-3},
-}
-"""Our learner with one thing changed."""
-_ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
-RIVALS: dict[str, dict[str, Any]] = {
-    "sft": _ALONE,
-    "sft_replay": {"anchor_batch": 0},
-    "lora": {**_ALONE, "rank": 16, "learning_rate": 5e-4},
-    "ewc": {**_ALONE, "ewc": PRESETS["ewc"]["ewc"]},
-    "full_sft": {**_ALONE, "layers": (0.0, 1.0), "embeddings": True, "learning_rate": 2e-5},
-}
-"""Cross-entropy with our options, but for these."""
 RESULTS = Path("bench/results/learner_full.json")
 """Kept in the tree: it takes many hours, and goes on where it was."""
-ANY_STEPS = 100_000  # a budget in seconds ends the job before
 
 
 @dataclass(frozen=True)
@@ -116,22 +86,6 @@ class Plan:
     rows: int = retention.ROWS
     rival_steps: int = 0
     products: bool = False
-
-
-def config_of(
-    method: str, seed: int, ours: float | None, base: LearnerConfig, rival_steps: int = 0
-) -> LearnerConfig:
-    """Options of a method; ``ours`` are the seconds that our learner took, ``base`` its options."""
-    if method in ABLATIONS:
-        return replace(base, seed=seed, **ABLATIONS[method])
-    if method == "sft_anchored" and rival_steps:
-        return replace(base, method="sft", seed=seed, steps=rival_steps)
-    if method == "sft_anchored":
-        if ours is None:
-            msg = "sft_anchored has the time that sdft took: measure sdft too, before it"
-            raise AnabranchError(msg)
-        return replace(base, method="sft", seed=seed, steps=ANY_STEPS, budget_seconds=ours)
-    return replace(base, method="sft", seed=seed, **RIVALS[method])
 
 
 class Sequence:
@@ -305,6 +259,9 @@ def main() -> None:
     parser.add_argument("--skills", nargs="+", choices=FULL_SKILLS, help="these only, in order")
     parser.add_argument("--seeds", nargs="+", type=int, help="these only")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of sdft")
+    parser.add_argument(
+        "--train", type=int, default=Plan.train, help="demonstrations of a command skill"
+    )
     parser.add_argument("--tests", type=int, default=Plan.tests, help="requests asked a skill")
     parser.add_argument("--rows", type=int, default=Plan.rows, help="of each retention task")
     parser.add_argument(
@@ -324,6 +281,7 @@ def main() -> None:
         methods=tuple(options.methods or (FULL if options.full else QUICK)),
         skills=tuple(options.skills or (FULL_SKILLS if options.full else SKILLS)),
         seeds=tuple(options.seeds or ((0, 1, 2) if options.full else (0,))),
+        train=options.train,
         tests=options.tests,
         rows=options.rows,
         rival_steps=options.rival_steps,
