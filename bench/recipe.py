@@ -3,8 +3,8 @@
 Each recipe is one adaptation of the imported student as the cloud would run it (``cloud.adapt``),
 on the same 120 demonstrations of one skill; what it learnt is then brought to the device's codes in
 one or more ways (``bench/shipping.py``), and the quantized student is measured. About five minutes
-a recipe on two cores. Results go to ``build/bench/recipe.json`` recipe by recipe, to a table, and
-to ``build/bench/recipe.png``.
+a recipe on two cores. Results go to ``build/bench/recipe.json`` recipe by recipe (the same command
+goes on from there), to a table, and to ``build/bench/recipe.png``.
 
 - exact: share of 100 unseen commands answered to the letter, by the file that would ship;
 - copies: share of 48 commands of another skill answered to the letter when that very command and
@@ -16,7 +16,9 @@ to ``build/bench/recipe.png``.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -32,10 +34,11 @@ from safetensors.torch import load_file
 
 from bench import setup, shipping, skills
 from bench.learner import answered
-from cloud.learners.config import LearnerConfig
+from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.students.candidates import delta_bytes
 from cloud.students.export import write_back
 from edge.student.runtime import Student
+from protos.errors import AnabranchError, InvalidInputError
 from protos.prompt import chat
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Train one recipe; a row for each way to ship it."""
     taught = skills.material(SKILL, 0, train=DEMONSTRATIONS, tests=TESTS)
-    spec = setup.spec(imported, taught, LearnerConfig.named("sdft", **recipe.changes))
+    spec = setup.spec(imported, taught, LearnerConfig.named(DEFAULT, **recipe.changes))
     learnt, note = setup.train(spec, partial(tell, recipe.name))
     rows = []
     for way, state, size in ways(recipe, imported, learnt):
@@ -162,6 +165,44 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
+def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
+    """Measure what ``out`` does not hold yet; all its rows.
+
+    Raises:
+        InvalidInputError: ``out`` was measured with another default.
+    """
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    default = json.loads(json.dumps(asdict(LearnerConfig.named(DEFAULT))))
+    if kept and kept["default"] != default:
+        msg = f"{out} was measured with another default: name another --out, or move it"
+        raise InvalidInputError(msg)
+    rows: list[dict[str, Any]] = kept.get("recipes", [])
+    with Progress() as progress:
+        bar = progress.add_task("student: import", total=1.0)
+
+        def tell(what: str, part: float) -> None:
+            progress.update(bar, description=what, completed=part)
+
+        imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
+        for recipe in recipes:
+            if any(row["recipe"] == recipe.name for row in rows):
+                continue
+            rows += measure(recipe, imported, tell)
+            note = {
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": setup.machine(),
+                "seeds": [0],
+                "skill": SKILL,
+                "tests": TESTS,
+                "demonstrations": DEMONSTRATIONS,
+                "default": default,
+                "recipes": rows,
+            }
+            setup.write(out, note)
+            progress.console.print(f"{recipe.name}: {rows[-1]['exact']}")
+    return rows
+
+
 def main() -> None:
     """Measure all recipes, or those that are named."""
     parser = argparse.ArgumentParser(
@@ -173,31 +214,13 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.recipes) - set(names):
         parser.error(f"no recipe {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
-    rows: list[dict[str, Any]] = []
-    with Progress() as progress:
-        bar = progress.add_task("student: import", total=1.0)
-
-        def tell(what: str, part: float) -> None:
-            progress.update(bar, description=what, completed=part)
-
-        student = options.out.parent / "learner-student"
-        imported = setup.student(skills.harness(), student, tell)
-        for recipe in RECIPES:
-            if options.recipes and recipe.name not in options.recipes:
-                continue
-            rows += measure(recipe, imported, tell)
-            note = {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": setup.machine(),
-                "seeds": [0],
-                "skill": SKILL,
-                "tests": TESTS,
-                "demonstrations": DEMONSTRATIONS,
-                "default": asdict(LearnerConfig()),
-                "recipes": rows,
-            }
-            setup.write(options.out, note)
-            progress.console.print(f"{recipe.name}: {rows[-1]['exact']}")
+    chosen = [r for r in RECIPES if r.name in (options.recipes or names)]
+    try:
+        rows = run(chosen, options.out)
+    except AnabranchError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: what was measured is in {options.out}; the same command goes on")
     draw(rows, options.out.with_suffix(".png"))
     table = Table("recipe", "shipped as", "exact", "copies", "base KL", "MB")
     for row in rows:
