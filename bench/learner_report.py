@@ -68,6 +68,9 @@ def summary(
             methods[method]["sdft_lead_by_seed"] = {
                 s: round(runs[f"sdft/{s}"]["average"] - r["average"], 4) for s, r in rival.items()
             }
+            methods[method]["sdft_human_lead_by_seed"] = {
+                s: round(runs[f"sdft/{s}"]["human"] - r["human"], 4) for s, r in rival.items()
+            }
     return methods
 
 
