@@ -29,7 +29,7 @@ from cloud.learners.checkpoint import remove_checkpoints
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control, Course, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
-from cloud.learners.model import Example, SplitModel
+from cloud.learners.model import SplitModel
 from cloud.students.candidates import (
     DELTA_SHARE,
     Candidate,
@@ -46,6 +46,8 @@ from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+
+    from cloud.learners.packing import Example
 
 log = logging.getLogger("anabranch.adapt")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cloud.learners.model import Example
+    from cloud.learners.packing import Example
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 from tokenizers import Tokenizer
 
 from cloud.learners.course import Lesson
-from cloud.learners.model import Example
+from cloud.learners.packing import Example
 from edge.student.bundle import read_config, read_harness
 from protos.prompt import Message, Shown, chat, render
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from cloud.learners.model import Example
+    from cloud.learners.packing import Example
     from cloud.learners.worth import Worth
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from cloud.learners.model import Example, SplitModel
+    from cloud.learners.model import SplitModel
+    from cloud.learners.packing import Example
 
 SAMPLES = 48
 """Answers that the information is estimated from, at most: one pass each."""

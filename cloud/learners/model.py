@@ -1,21 +1,22 @@
 """A causal LM cut in two: frozen lower layers whose outputs are kept, upper layers that learn.
 
 Three things make a step cheap on a CPU. What the frozen layers make of a sequence is computed
-once. Sequences are packed behind one another in a single row, without padding, and those with the
-same system prompt share it under a block mask. The head, a fifth of the work with 49,152 words, is
-applied only where logits are wanted.
+once. Sequences are packed behind one another in a single row (``packing``), and those with the
+same system prompt share it. The last layer's second half and the head, a fifth of the work with
+49,152 words, are applied only where logits are wanted.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from cloud.learners.lora import LoraLinear, adapt
+from cloud.learners.packing import attend, lay
 from cloud.learners.sampling import sample
 from protos.errors import TrainingError
 
@@ -24,39 +25,23 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
+    from cloud.learners.packing import Example, Group, Layout
+
 _ENCODE_TOKENS = 512  # rows of one matrix product when the frozen layers read fresh sequences
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt and an answer in token ids; ``prefix`` is the part shared with other sequences."""
-
-    prefix: tuple[int, ...]
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def tail(self) -> tuple[int, ...]:
-        """What follows the prefix as input; the last token of an answer predicts nothing."""
-        return self.prompt + self.answer[:-1]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the whole input."""
-        return len(self.prefix) + len(self.tail)
-
-
-@dataclass(frozen=True)
 class Packed:
-    """Sequences in one row: token ids, their hidden states [1, tokens, width], mask, answer rows.
+    """Sequences in one row: token ids, hidden states [tokens, width], who sees whom, answer rows.
 
     ``hidden`` is what the frozen layers made of the ids; None where even the embeddings learn.
+    ``rotary`` are cosines and sines [tokens, head width].
     """
 
     ids: torch.Tensor
     hidden: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor]
-    mask: torch.Tensor
+    groups: tuple[Group, ...]
     rows: torch.Tensor
 
 
@@ -81,22 +66,52 @@ class Upper(nn.Module):
         hidden = packed.hidden
         if hidden is None:
             assert self.embed is not None  # noqa: S101  # packed for a model whose embeddings learn
-            hidden = self.embed(packed.ids)[None]
-        hidden = _run(self.layers, hidden, packed.mask, packed.rotary)
-        normed: torch.Tensor = self.norm(hidden[0, packed.rows])
+            hidden = self.embed(packed.ids)
+        hidden = _run(self.layers, hidden, packed.groups, packed.rotary, packed.rows)
+        normed: torch.Tensor = self.norm(hidden)
         return normed
 
 
 def _run(
     layers: nn.ModuleList | Sequence[nn.Module],
     hidden: torch.Tensor,
-    mask: torch.Tensor,
+    groups: Sequence[Group],
     rotary: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    for layer in layers:
-        out = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-        hidden = out[0] if isinstance(out, tuple) else out
+    """Hidden states [tokens, width] after some layers; of the last, only ``rows`` if given."""
+    for i, layer in enumerate(layers, 1):
+        hidden = _layer(layer, hidden, groups, rotary, rows if i == len(layers) else None)
     return hidden
+
+
+def _layer(
+    layer: Any,  # noqa: ANN401  # transformers' LlamaDecoderLayer, whose parts have no types
+    hidden: torch.Tensor,
+    groups: Sequence[Group],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor | None,
+) -> torch.Tensor:
+    """One layer of a Llama (Touvron et al., arXiv 2302.13971), packed."""
+    own = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    query, key, value = (
+        project(normed).unflatten(1, (-1, own.head_dim))
+        for project in (own.q_proj, own.k_proj, own.v_proj)
+    )
+    seen = attend(_rotate(query, *rotary), _rotate(key, *rotary), value, groups)
+    if rows is not None:
+        hidden, seen = hidden[rows], seen[rows]
+    hidden = hidden + own.o_proj(seen)
+    out: torch.Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al., arXiv 2104.09864) of ``heads`` [tokens, heads, width]."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return heads * cos[:, None] + turned * sin[:, None]
 
 
 class SplitModel:
@@ -232,51 +247,55 @@ class SplitModel:
             self._encode(batch)
 
     def _encode(self, batch: Sequence[Example]) -> None:
-        places = _places(batch)
-        ids = torch.tensor([t for part in places for t in part.tokens], device=self.device)
-        hidden = self._embed(ids)[None]
-        mask = _mask(places, self.device)
-        hidden = _run(self._lower, hidden, mask, self._tables(places))
-        for part in places:
-            kept = hidden[0, part.start : part.start + len(part.tokens)].clone()
+        layout = lay(batch)
+        hidden = self._frozen(layout)
+        for part in layout.places:
+            kept = hidden[part.start : part.start + len(part.tokens)].clone()
             if part.is_prefix:
                 self._prefixes[part.tokens] = kept
             else:
                 self._tails[part.prefix, part.tokens] = kept
+
+    def _frozen(self, layout: Layout) -> torch.Tensor:
+        """What embeddings and frozen layers make of a row: [tokens, width]."""
+        ids = torch.tensor(layout.tokens, device=self.device)
+        return _run(self._lower, self._embed(ids), layout.groups, self._tables(layout))
 
     def pack(self, sequences: Sequence[Example], *, keep: bool = True) -> Packed:
         """Lay sequences behind one another; equal prefixes are laid once.
 
         ``keep`` what the frozen layers make of them for the next time.
         """
-        places = _places(sequences)
-        ids = torch.tensor([t for p in places for t in p.tokens], device=self.device)
-        mask, rotary = _mask(places, self.device), self._tables(places)
+        layout = lay(sequences)
         hidden: torch.Tensor | None = None
         if self.upper.embed is None and keep:
             self.encode(sequences)
             hidden = torch.cat(
                 [
                     self._prefixes[p.tokens] if p.is_prefix else self._tails[p.prefix, p.tokens]
-                    for p in places
+                    for p in layout.places
                 ]
-            )[None]
+            )
         elif self.upper.embed is None:
             with torch.no_grad():
-                hidden = _run(self._lower, self._embed(ids)[None], mask, rotary)
-        tails = [p for p in places if not p.is_prefix]
+                hidden = self._frozen(layout)
         rows = [
             part.start + i
-            for part, sequence in zip(tails, sequences, strict=True)
+            for part, sequence in zip(layout.tails, sequences, strict=True)
             for i in range(len(sequence.prompt) - 1, len(part.tokens))
         ]
-        return Packed(ids, hidden, rotary, mask, torch.tensor(rows, device=self.device))
+        return Packed(
+            torch.tensor(layout.tokens, device=self.device),
+            hidden,
+            self._tables(layout),
+            layout.groups,
+            torch.tensor(rows, device=self.device),
+        )
 
-    def _tables(self, places: Sequence[_Place]) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = [p.position + i for p in places for i in range(len(p.tokens))]
+    def _tables(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
         like = self._head.weight[:1]
-        cos, sin = self._rotary(like, torch.tensor([positions], device=self.device))
-        return cos, sin
+        cos, sin = self._rotary(like, torch.tensor([layout.positions], device=self.device))
+        return cos[0], sin[0]
 
     def log_probs(
         self, upper: Upper, sequences: Sequence[Example], *, keep: bool = True
@@ -284,43 +303,3 @@ class SplitModel:
         """Log-probabilities [answer tokens of all sequences, vocabulary], in nats."""
         head = self._head if upper.head is None else upper.head
         return torch.log_softmax(head(upper(self.pack(sequences, keep=keep))), dim=-1)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A run of tokens in a packed row; a tail sees its prefix's run and itself."""
-
-    tokens: tuple[int, ...]
-    start: int
-    position: int
-    prefix: tuple[int, ...]
-    prefix_start: int
-    is_prefix: bool
-
-
-def _places(sequences: Sequence[Example]) -> list[_Place]:
-    places: list[_Place] = []
-    starts: dict[tuple[int, ...], int] = {}
-    end = 0
-    for prefix in dict.fromkeys(s.prefix for s in sequences if s.prefix):
-        starts[prefix] = end
-        places.append(_Place(prefix, end, 0, (), 0, is_prefix=True))
-        end += len(prefix)
-    for s in sequences:
-        begin = starts.get(s.prefix, 0)
-        places.append(_Place(s.tail, end, len(s.prefix), s.prefix, begin, is_prefix=False))
-        end += len(s.tail)
-    return places
-
-
-def _mask(places: Sequence[_Place], device: torch.device) -> torch.Tensor:
-    """Additive attention mask [1, 1, tokens, tokens]: causal, within a run and onto its prefix."""
-    total = sum(len(p.tokens) for p in places)
-    mask = torch.full((total, total), float("-inf"), device=device)
-    for p in places:
-        size = len(p.tokens)
-        own = torch.full((size, size), float("-inf"), device=device).triu(1)
-        mask[p.start : p.start + size, p.start : p.start + size] = own
-        if p.prefix:
-            mask[p.start : p.start + size, p.prefix_start : p.prefix_start + len(p.prefix)] = 0.0
-    return mask[None, None]

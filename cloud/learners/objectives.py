@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from cloud.learners.config import LearnerConfig
     from cloud.learners.course import Lesson
-    from cloud.learners.model import Example, SplitModel, Upper
+    from cloud.learners.model import SplitModel, Upper
+    from cloud.learners.packing import Example
     from cloud.learners.targets import Target
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from cloud.learners.checkpoint import Checkpoints
     from cloud.learners.config import LearnerConfig
     from cloud.learners.course import Control, Course
-    from cloud.learners.model import Example, SplitModel, Upper
+    from cloud.learners.model import SplitModel, Upper
+    from cloud.learners.packing import Example
     from cloud.learners.targets import Target
 
 _NAMES = ("anchors", "replay", "teacher", "base", "held_teacher", "held_student")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from cloud.learners.config import Divergence
-    from cloud.learners.model import Example, SplitModel, Upper
+    from cloud.learners.model import SplitModel, Upper
+    from cloud.learners.packing import Example
 
 KEPT = 32
 """Tokens that a kept distribution has, where nothing else is said."""
@@ -165,7 +166,7 @@ def score(
 def parts(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
     """Cut a list before a part has more tokens: attention over a packed row grows by the square.
 
-    >>> from cloud.learners.model import Example
+    >>> from cloud.learners.packing import Example
     >>> [len(part) for part in parts([Example((), (1, 2, 3), (4, 5))] * 5, 9)]
     [2, 2, 1]
     """

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from cloud.learners.checkpoint import Checkpoints
     from cloud.learners.config import LearnerConfig
     from cloud.learners.course import Control, Course
-    from cloud.learners.model import Example, SplitModel
+    from cloud.learners.model import SplitModel
     from cloud.learners.objectives import Objective
+    from cloud.learners.packing import Example
     from cloud.learners.targets import Target
 
 log = logging.getLogger("anabranch.learners")

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control, Course, Lesson, Outcome, StepReport
 from cloud.learners.learner import learn
-from cloud.learners.model import Example, SplitModel
+from cloud.learners.model import SplitModel
+from cloud.learners.packing import Example
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -14,7 +14,8 @@ import torch
 from cloud.learners.config import PRESETS
 from cloud.learners.course import Control, Course
 from cloud.learners.learner import learn
-from cloud.learners.model import Example, SplitModel
+from cloud.learners.model import SplitModel
+from cloud.learners.packing import Example
 from protos.errors import InvalidInputError, TrainingError
 
 if TYPE_CHECKING:
