@@ -65,11 +65,11 @@ def summary(
             if all(ours):
                 interval = paired(ours, theirs, np.random.default_rng(0))
                 methods[method]["sdft_human_lead_95"] = interval
+                methods[method]["sdft_human_lead_by_seed"] = {
+                    s: round(runs[f"sdft/{s}"]["human"] - r["human"], 4) for s, r in rival.items()
+                }
             methods[method]["sdft_lead_by_seed"] = {
                 s: round(runs[f"sdft/{s}"]["average"] - r["average"], 4) for s, r in rival.items()
-            }
-            methods[method]["sdft_human_lead_by_seed"] = {
-                s: round(runs[f"sdft/{s}"]["human"] - r["human"], 4) for s, r in rival.items()
             }
     return methods
 

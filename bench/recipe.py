@@ -91,7 +91,8 @@ def measure(
         tell(f"{recipe.name}: {way}", 1.0)
         figures = judged(imported, state, taught, size)
         rows.append({"recipe": recipe.name, "shipped": way, **figures, "training": note})
-    return rows
+    made_by = {"options": asdict(recipe), "date": time.strftime("%Y-%m-%d")}
+    return [row | made_by | {"machine": setup.machine()} for row in rows]
 
 
 def ways(recipe: Recipe, imported: Imported, learnt: State) -> list[tuple[str, State, int | None]]:
@@ -169,36 +170,39 @@ def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
     """Measure what ``out`` does not hold yet; all its rows.
 
     Raises:
-        InvalidInputError: ``out`` was measured with another default.
+        InvalidInputError: ``out`` was measured with other options.
     """
     kept = json.loads(out.read_text()) if out.exists() else {}
-    default = json.loads(json.dumps(asdict(LearnerConfig.named(DEFAULT))))
-    if kept and kept["default"] != default:
-        msg = f"{out} was measured with another default: name another --out, or move it"
-        raise InvalidInputError(msg)
+    note: dict[str, Any] = {
+        "seeds": [0],
+        "skill": SKILL,
+        "tests": TESTS,
+        "demonstrations": DEMONSTRATIONS,
+        "default": asdict(LearnerConfig.named(DEFAULT)),
+    }
+    same = json.loads(json.dumps(note))
     rows: list[dict[str, Any]] = kept.get("recipes", [])
+    ours = {r.name: json.loads(json.dumps(asdict(r))) for r in RECIPES}
+    changed = [n for n in same if kept and kept.get(n) != same[n]]
+    changed += [row["recipe"] for row in rows if row["options"] != ours.get(row["recipe"])]
+    if changed:
+        msg = f"{out} was measured with other {', '.join(changed)}: name another --out, or move it"
+        raise InvalidInputError(msg)
     with Progress() as progress:
         bar = progress.add_task("student: import", total=1.0)
 
         def tell(what: str, part: float) -> None:
             progress.update(bar, description=what, completed=part)
 
+        if rows:
+            commits = sorted({row["machine"]["commit"] for row in rows})
+            progress.console.print(f"kept: {len(rows)} rows in {out}, of {', '.join(commits)}")
         imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
         for recipe in recipes:
             if any(row["recipe"] == recipe.name for row in rows):
                 continue
             rows += measure(recipe, imported, tell)
-            note = {
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": setup.machine(),
-                "seeds": [0],
-                "skill": SKILL,
-                "tests": TESTS,
-                "demonstrations": DEMONSTRATIONS,
-                "default": default,
-                "recipes": rows,
-            }
-            setup.write(out, note)
+            setup.write(out, note | {"recipes": rows})
             progress.console.print(f"{recipe.name}: {rows[-1]['exact']}")
     return rows
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("anabranch.adapt")
 
 CANDIDATE, LEARNT, UPDATES = "candidate", "learnt.safetensors", "updates.npz"
-_LONGEST = 1024  # tokens of a demonstration as the teacher sees it; memory grows with the square
+_LONGEST = 1024  # tokens of a demonstration as the teacher sees it: a row, and memory, are as long
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class LearnerConfig:
 
     Optimisation: AdamW, ``schedule`` (``plateau`` then a linear last third, or ``cosine``).
     ``budget_seconds`` 0 is none; else the schedule follows the clock and ends in time.
-    ``row_tokens`` bounds memory: so many tokens are computed at once.
+    ``row_tokens`` bounds memory: so many tokens are computed at once, what they share laid once.
     """
 
     method: Method = "sdft"

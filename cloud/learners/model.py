@@ -1,9 +1,9 @@
 """A causal LM cut in two: frozen lower layers whose outputs are kept, upper layers that learn.
 
-Three things make a step cheap on a CPU. What the frozen layers make of a sequence is computed
-once. Sequences are packed behind one another in a single row (``packing``), and those with the
-same system prompt share it. The last layer's second half and the head, a fifth of the work with
-49,152 words, are applied only where logits are wanted.
+Four things make a step cheap on a CPU. What the frozen layers make of a sequence is computed
+once. Sequences are packed behind one another in a single row, and those with the same system prompt
+share it. Each attends to itself and its prompt only. The last layer's second half and the head, a
+fifth of the work with 49,152 words, are applied only where logits are wanted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
-    from cloud.learners.packing import Example, Group, Layout
+    from cloud.learners.packing import Example, Place
 
 _ENCODE_TOKENS = 512  # rows of one matrix product when the frozen layers read fresh sequences
 
@@ -41,7 +41,7 @@ class Packed:
     ids: torch.Tensor
     hidden: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor]
-    groups: tuple[Group, ...]
+    places: tuple[Place, ...]
     rows: torch.Tensor
 
 
@@ -67,7 +67,7 @@ class Upper(nn.Module):
         if hidden is None:
             assert self.embed is not None  # noqa: S101  # packed for a model whose embeddings learn
             hidden = self.embed(packed.ids)
-        hidden = _run(self.layers, hidden, packed.groups, packed.rotary, packed.rows)
+        hidden = _run(self.layers, hidden, packed.places, packed.rotary, packed.rows)
         normed: torch.Tensor = self.norm(hidden)
         return normed
 
@@ -75,31 +75,31 @@ class Upper(nn.Module):
 def _run(
     layers: nn.ModuleList | Sequence[nn.Module],
     hidden: torch.Tensor,
-    groups: Sequence[Group],
+    places: Sequence[Place],
     rotary: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Hidden states [tokens, width] after some layers; of the last, only ``rows`` if given."""
     for i, layer in enumerate(layers, 1):
-        hidden = _layer(layer, hidden, groups, rotary, rows if i == len(layers) else None)
+        hidden = _layer(layer, hidden, places, rotary, rows if i == len(layers) else None)
     return hidden
 
 
 def _layer(
     layer: Any,  # noqa: ANN401  # transformers' LlamaDecoderLayer, whose parts have no types
     hidden: torch.Tensor,
-    groups: Sequence[Group],
+    places: Sequence[Place],
     rotary: tuple[torch.Tensor, torch.Tensor],
     rows: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One layer of a Llama (Touvron et al., arXiv 2302.13971), packed."""
+    """One layer of a Llama (Touvron et al., arXiv 2302.13971), packed; no cache and no dropout."""
     own = layer.self_attn
     normed = layer.input_layernorm(hidden)
     query, key, value = (
         project(normed).unflatten(1, (-1, own.head_dim))
         for project in (own.q_proj, own.k_proj, own.v_proj)
     )
-    seen = attend(_rotate(query, *rotary), _rotate(key, *rotary), value, groups)
+    seen = attend(_rotate(query, *rotary), _rotate(key, *rotary), value, places, own.scaling)
     if rows is not None:
         hidden, seen = hidden[rows], seen[rows]
     hidden = hidden + own.o_proj(seen)
@@ -154,6 +154,9 @@ class SplitModel:
         self._outer = ("embed.", "head.") if embeddings else ()
         last = len(inner.layers) if end is None else end
         self._learning = range((split if begin is None else begin) - split, last - split)
+        if not self._learning:
+            msg = "no layer would learn: widen `layers`, such as 0.5:1.0"
+            raise TrainingError(msg)
         self._rank = 0
         self._prefixes: dict[tuple[int, ...], torch.Tensor] = {}
         self._tails: dict[tuple[tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
@@ -247,54 +250,58 @@ class SplitModel:
             self._encode(batch)
 
     def _encode(self, batch: Sequence[Example]) -> None:
-        layout = lay(batch)
-        hidden = self._frozen(layout)
-        for part in layout.places:
+        places = lay(batch)
+        hidden = self._frozen(self._ids(places), places, self._tables(places))
+        for part in places:
             kept = hidden[part.start : part.start + len(part.tokens)].clone()
             if part.is_prefix:
                 self._prefixes[part.tokens] = kept
             else:
                 self._tails[part.prefix, part.tokens] = kept
 
-    def _frozen(self, layout: Layout) -> torch.Tensor:
+    def _frozen(
+        self,
+        ids: torch.Tensor,
+        places: Sequence[Place],
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
         """What embeddings and frozen layers make of a row: [tokens, width]."""
-        ids = torch.tensor(layout.tokens, device=self.device)
-        return _run(self._lower, self._embed(ids), layout.groups, self._tables(layout))
+        return _run(self._lower, self._embed(ids), places, rotary)
 
     def pack(self, sequences: Sequence[Example], *, keep: bool = True) -> Packed:
         """Lay sequences behind one another; equal prefixes are laid once.
 
         ``keep`` what the frozen layers make of them for the next time.
         """
-        layout = lay(sequences)
+        places = lay(sequences)
+        ids, rotary = self._ids(places), self._tables(places)
         hidden: torch.Tensor | None = None
         if self.upper.embed is None and keep:
             self.encode(sequences)
             hidden = torch.cat(
                 [
                     self._prefixes[p.tokens] if p.is_prefix else self._tails[p.prefix, p.tokens]
-                    for p in layout.places
+                    for p in places
                 ]
             )
         elif self.upper.embed is None:
             with torch.no_grad():
-                hidden = self._frozen(layout)
+                hidden = self._frozen(ids, places, rotary)
+        tails = [p for p in places if not p.is_prefix]
         rows = [
             part.start + i
-            for part, sequence in zip(layout.tails, sequences, strict=True)
+            for part, sequence in zip(tails, sequences, strict=True)
             for i in range(len(sequence.prompt) - 1, len(part.tokens))
         ]
-        return Packed(
-            torch.tensor(layout.tokens, device=self.device),
-            hidden,
-            self._tables(layout),
-            layout.groups,
-            torch.tensor(rows, device=self.device),
-        )
+        return Packed(ids, hidden, rotary, places, torch.tensor(rows, device=self.device))
 
-    def _tables(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ids(self, places: Sequence[Place]) -> torch.Tensor:
+        return torch.tensor([t for p in places for t in p.tokens], device=self.device)
+
+    def _tables(self, places: Sequence[Place]) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = [len(p.prefix) + i for p in places for i in range(len(p.tokens))]
         like = self._head.weight[:1]
-        cos, sin = self._rotary(like, torch.tensor([layout.positions], device=self.device))
+        cos, sin = self._rotary(like, torch.tensor([positions], device=self.device))
         return cos[0], sin[0]
 
     def log_probs(

@@ -164,7 +164,7 @@ def score(
 
 
 def parts(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
-    """Cut a list before a part has more tokens: attention over a packed row grows by the square.
+    """Cut a list before a part has more tokens: what is computed at once is kept for the gradient.
 
     >>> from cloud.learners.packing import Example
     >>> [len(part) for part in parts([Example((), (1, 2, 3), (4, 5))] * 5, 9)]

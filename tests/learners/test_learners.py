@@ -206,6 +206,11 @@ def test_a_long_demonstration_is_one_row_and_the_result_does_not_depend_on_rows(
     assert all(torch.allclose(wide[n], narrow[n], atol=1e-4) for n in wide)
 
 
+def test_layers_that_leave_nothing_to_learn_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(TrainingError, match="no layer would learn: widen `layers`"):
+        SplitModel(load(tiny_folder), split=2, device=CPU)
+
+
 def test_weights_learnt_below_the_layers_that_learn_now_are_kept(tiny_folder: Path) -> None:
     before = run(tiny_folder, small("sft", layers=(0.0, 0.5), steps=8)).parameters
     model = SplitModel(load(tiny_folder), split=0, begin=1, device=CPU)

@@ -6,18 +6,29 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from cloud.learners.config import LearnerConfig
+from cloud.learners.packing import Example
 from cloud.learners.rollouts import guided_walk
 from cloud.learners.targets import Target, between, divergence, join, score
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from transformers import LlamaForCausalLM
+
     from cloud.learners.config import Divergence
     from tests.learners.learner_course import EXAMPLES, load, split
 else:
     from learner_course import EXAMPLES, load, split
+
+
+def whole_log_probs(whole: LlamaForCausalLM, e: Example) -> torch.Tensor:
+    ids = torch.tensor([[*e.prefix, *e.prompt, *e.answer[:-1]]])
+    first = len(e.prefix) + len(e.prompt) - 1
+    return torch.log_softmax(whole(ids).logits[0, first:], -1)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -26,14 +37,43 @@ def test_packed_sequences_give_the_whole_models_log_probabilities(
     layers: tuple[float, float], keep: bool, tiny_folder: Path
 ) -> None:
     whole = load(tiny_folder)
-    expected = []
-    for e in EXAMPLES:
-        ids = torch.tensor([[*e.prefix, *e.prompt, *e.answer[:-1]]])
-        first = len(e.prefix) + len(e.prompt) - 1
-        expected.append(torch.log_softmax(whole(ids).logits[0, first:], -1))
+    expected = [whole_log_probs(whole, e) for e in EXAMPLES]
     model = split(tiny_folder, LearnerConfig(layers=layers, embeddings=layers[0] == 0))
     found = model.log_probs(model.upper, EXAMPLES, keep=keep)
     assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+
+
+_TOKENS = st.lists(st.integers(3, 199), min_size=1, max_size=12).map(tuple)
+_PREFIXES = st.sampled_from([(), (5, 6, 7), (8,)])
+_SEQUENCES = st.lists(st.builds(Example, _PREFIXES, _TOKENS, _TOKENS), min_size=1, max_size=6)
+_APART = [Example(prefix, (9,), (10, 11)) for prefix in ((5, 6, 7), (8,), (), (5, 6, 7))]
+
+
+@pytest.mark.parametrize("layers", [(0.5, 1.0), (0.0, 1.0)])
+@given(_SEQUENCES)
+@example(_APART)
+@settings(max_examples=25, deadline=None)
+def test_a_packed_row_says_and_learns_what_the_whole_model_would(
+    layers: tuple[float, float], tiny_folder: Path, sequences: list[Example]
+) -> None:
+    whole = load(tiny_folder)
+    expected = [whole_log_probs(whole, e) for e in sequences]
+    model = split(tiny_folder, LearnerConfig(layers=layers, embeddings=layers[0] == 0))
+    parameters = model.trainable()
+    for p in parameters.values():
+        p.requires_grad_()
+    found = model.log_probs(model.upper, sequences)
+    assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+
+    answers = torch.tensor([t for e in sequences for t in e.answer])[:, None]
+    for log_probs in (found, torch.cat(expected)):
+        torch.autograd.backward(-log_probs.gather(1, answers).sum())
+    theirs = dict(whole.named_parameters())
+    for name, p in zip(model.learnt(), parameters.values(), strict=True):
+        other = theirs[name].grad
+        assert p.grad is not None
+        assert other is not None
+        assert torch.allclose(p.grad, other, atol=1e-4, rtol=1e-3), name
 
 
 def test_scores_do_not_depend_on_how_many_share_a_row(tiny_folder: Path) -> None:
