@@ -47,7 +47,7 @@ from bench.learner_methods import FULL, QUICK, config_of
 from bench.learner_report import summary, table
 from cloud.students.candidates import DELTA_SHARE, Work, candidates
 from edge.student.runtime import Student
-from protos.errors import AnabranchError, InvalidInputError
+from protos.errors import AnabranchError
 from protos.prompt import chat
 
 if TYPE_CHECKING:
@@ -308,11 +308,7 @@ def measure(
     if kept:
         other = [s for s in settings if kept["plan"].get(s) != same["plan"][s]]
         other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
-        if other:
-            msg = (
-                f"{out} was measured with other {', '.join(other)}: name another --out, or move it"
-            )
-            raise InvalidInputError(msg)
+        setup.refuse_other(out, other)
     runs: dict[str, Any] = kept.get("runs", {})
     with Progress() as progress:
         bar = progress.add_task("student: import", total=1.0)
@@ -325,8 +321,7 @@ def measure(
             imported.bundle, imported, plan, lambda p: tell("base: retention", p)
         )
         if runs:
-            commits = sorted({r["machine"].get("commit", "?") for r in runs.values()})
-            progress.console.print(f"kept: {len(runs)} runs in {out}, of {', '.join(commits)}")
+            progress.console.print(setup.kept(out, runs.values()))
         for seed in plan.seeds:
             for method in plan.methods:
                 if f"{method}/{seed}" in runs:

@@ -38,7 +38,7 @@ from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.students.candidates import delta_bytes
 from cloud.students.export import write_back
 from edge.student.runtime import Student
-from protos.errors import AnabranchError, InvalidInputError
+from protos.errors import AnabranchError
 from protos.prompt import chat
 
 if TYPE_CHECKING:
@@ -86,13 +86,18 @@ def measure(
     taught = skills.material(SKILL, 0, train=DEMONSTRATIONS, tests=TESTS)
     spec = setup.spec(imported, taught, LearnerConfig.named(DEFAULT, **recipe.changes))
     learnt, note = setup.train(spec, partial(tell, recipe.name))
+    made_by = {
+        "options": asdict(recipe),
+        "training": note,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": setup.machine(),
+    }
     rows = []
     for way, state, size in ways(recipe, imported, learnt):
         tell(f"{recipe.name}: {way}", 1.0)
         figures = judged(imported, state, taught, size)
-        rows.append({"recipe": recipe.name, "shipped": way, **figures, "training": note})
-    made_by = {"options": asdict(recipe), "date": time.strftime("%Y-%m-%d")}
-    return [row | made_by | {"machine": setup.machine()} for row in rows]
+        rows.append({"recipe": recipe.name, "shipped": way, **figures, **made_by})
+    return rows
 
 
 def ways(recipe: Recipe, imported: Imported, learnt: State) -> list[tuple[str, State, int | None]]:
@@ -185,9 +190,7 @@ def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
     ours = {r.name: json.loads(json.dumps(asdict(r))) for r in RECIPES}
     changed = [n for n in same if kept and kept.get(n) != same[n]]
     changed += [row["recipe"] for row in rows if row["options"] != ours.get(row["recipe"])]
-    if changed:
-        msg = f"{out} was measured with other {', '.join(changed)}: name another --out, or move it"
-        raise InvalidInputError(msg)
+    setup.refuse_other(out, changed)
     with Progress() as progress:
         bar = progress.add_task("student: import", total=1.0)
 
@@ -195,8 +198,7 @@ def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
             progress.update(bar, description=what, completed=part)
 
         if rows:
-            commits = sorted({row["machine"]["commit"] for row in rows})
-            progress.console.print(f"kept: {len(rows)} rows in {out}, of {', '.join(commits)}")
+            progress.console.print(setup.kept(out, rows))
         imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
         for recipe in recipes:
             if any(row["recipe"] == recipe.name for row in rows):

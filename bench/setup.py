@@ -29,7 +29,7 @@ from edge.student.runtime import Student
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from cloud.students.importer import Imported
     from protos.harness import Harness
@@ -190,6 +190,23 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def refuse_other(out: Path, changed: Sequence[str]) -> None:
+    """Nothing, unless a file of results was measured with other options.
+
+    Raises:
+        InvalidInputError: ``changed`` names some.
+    """
+    if changed:
+        msg = f"{out} was measured with other {', '.join(changed)}: name another --out, or move it"
+        raise InvalidInputError(msg)
+
+
+def kept(out: Path, results: Collection[dict[str, Any]]) -> str:
+    """For people: how many results a benchmark goes on from, and which commits made them."""
+    commits = sorted({r["machine"].get("commit", "?") for r in results})
+    return f"kept: {len(results)} results in {out}, of {', '.join(commits)}"
 
 
 def write(path: Path, note: dict[str, Any]) -> None:

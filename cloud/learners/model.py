@@ -251,22 +251,13 @@ class SplitModel:
 
     def _encode(self, batch: Sequence[Example]) -> None:
         places = lay(batch)
-        hidden = self._frozen(self._ids(places), places, self._tables(places))
+        hidden = _run(self._lower, self._embed(self._ids(places)), places, self._tables(places))
         for part in places:
             kept = hidden[part.start : part.start + len(part.tokens)].clone()
             if part.is_prefix:
                 self._prefixes[part.tokens] = kept
             else:
                 self._tails[part.prefix, part.tokens] = kept
-
-    def _frozen(
-        self,
-        ids: torch.Tensor,
-        places: Sequence[Place],
-        rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """What embeddings and frozen layers make of a row: [tokens, width]."""
-        return _run(self._lower, self._embed(ids), places, rotary)
 
     def pack(self, sequences: Sequence[Example], *, keep: bool = True) -> Packed:
         """Lay sequences behind one another; equal prefixes are laid once.
@@ -286,7 +277,7 @@ class SplitModel:
             )
         elif self.upper.embed is None:
             with torch.no_grad():
-                hidden = self._frozen(ids, places, rotary)
+                hidden = _run(self._lower, self._embed(ids), places, rotary)
         tails = [p for p in places if not p.is_prefix]
         rows = [
             part.start + i
