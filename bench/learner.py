@@ -86,6 +86,7 @@ class Plan:
     rows: int = retention.ROWS
     rival_steps: int = 0
     products: bool = False
+    threads: int = setup.THREADS
 
 
 class Sequence:
@@ -172,6 +173,7 @@ class Sequence:
             learnt=learnt,
             current=current,
             replay=self._replay(stage),
+            threads=self.plan.threads,
         )
 
     def _peer(
@@ -188,6 +190,7 @@ class Sequence:
             cap=skills.harness().max_tokens,
             seed=self.seed,
             teacher="given",
+            threads=self.plan.threads,
         )
         save = folder / f"trl-{stage}"
         note = trl.learn(run, self.materials[stage].train, folder, save=save)
@@ -205,7 +208,7 @@ class Sequence:
         return tuple(earlier[:: max(1, -(-len(earlier) // self.plan.replay))])
 
     def _measure(self, bundle: Path, stage: int) -> None:
-        student = Student.open(bundle, threads=2)
+        student = Student.open(bundle, threads=self.plan.threads)
         row = [answered(student, material) for material in self.materials[: stage + 1]]
         student.close()
         self.result["correct"].append(["".join("01"[r] for r in right) for right in row])
@@ -232,12 +235,14 @@ def general(
     bundle: Path, imported: Imported, plan: Plan, tell: Callable[[float], None]
 ) -> dict[str, Any]:
     """What a student still is of its base: KL, retention, and people's commands."""
-    student = Student.open(bundle, threads=2)
-    kl = setup.drift(imported, student)
+    student = Student.open(bundle, threads=plan.threads)
+    kl = setup.drift(imported, student, plan.threads)
     commands = [c for c in setup.people() if c.skill in plan.skills]
     right = human.exact(student, commands)
     student.close()
-    kept = retention.correct(bundle, setup.DATA, rows=plan.rows, report=lambda _, p: tell(p))
+    kept = retention.correct(
+        bundle, setup.DATA, rows=plan.rows, threads=plan.threads, report=lambda _, p: tell(p)
+    )
     return {
         "base_kl": round(kl, 5),
         "human": round(statistics.fmean(right), 4) if right else 0.0,
@@ -270,6 +275,13 @@ def main() -> None:
         default=0,
         help="steps of sft_anchored instead of our seconds: where other work shares the cores",
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=Plan.threads,
+        help="of this process; two of them, with a thread and some of the seeds each, get more"
+        " done on two cores, and may share --out",
+    )
     parser.add_argument("--products", action="store_true", help="send stages as products")
     parser.add_argument("--keep", action="store_true", help="keep weights and files of stages")
     parser.add_argument("--out", type=Path, help=f"build/bench/learner.json, or {RESULTS}")
@@ -286,6 +298,7 @@ def main() -> None:
         rows=options.rows,
         rival_steps=options.rival_steps,
         products=options.products,
+        threads=options.threads,
     )
     out: Path = options.out or (RESULTS if options.full else Path("build/bench/learner.json"))
     try:
@@ -300,7 +313,7 @@ def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    began, machine = time.monotonic(), setup.machine()
+    machine = setup.machine()
     note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
     kept = json.loads(out.read_text()) if out.exists() else {}
     same = json.loads(json.dumps(note))
@@ -326,6 +339,7 @@ def measure(
             for method in plan.methods:
                 if f"{method}/{seed}" in runs:
                     continue
+                began = time.monotonic()
                 folder = work / "learner-work" / f"{method}-{seed}"
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -333,22 +347,20 @@ def measure(
                 seconds = [s["learn_seconds"] for s in ours["stages"]] if ours else None
                 sequence = Sequence(plan, method, seed, imported)
                 sequence.run(folder, seconds, base_config, tell, progress.console.print)
-                sequence.result |= {"date": time.strftime("%Y-%m-%d"), "machine": machine}
-                runs[f"{method}/{seed}"] = sequence.result
-                if not keep:
-                    shutil.rmtree(folder)
-                note |= {
+                sequence.result |= {
                     "date": time.strftime("%Y-%m-%d"),
                     "machine": machine,
-                    "seconds": round(kept.get("seconds", 0) + time.monotonic() - began),
-                    "methods": summary(plan.methods, plan.seeds, runs, base),
-                    "base": base,
-                    "runs": runs,
+                    "threads": plan.threads,
+                    "seconds": round(time.monotonic() - began),
                 }
-                setup.write(out, note)
-    Console().print(
-        table(note.get("methods") or summary(plan.methods, plan.seeds, runs, base), base)
-    )
+                if not keep:
+                    shutil.rmtree(folder)
+                with setup.alone(out):  # another process may have written its runs since
+                    there = json.loads(out.read_text())["runs"] if out.exists() else {}
+                    runs |= {**there, f"{method}/{seed}": sequence.result}
+                    made = {"machine": machine, "base": base, "methods": summary(runs, base)}
+                    setup.write(out, note | {"date": sequence.result["date"], **made, "runs": runs})
+    Console().print(table(summary(runs, base), base))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from bench.learner_methods import FULL
 
 
 def paired(one: list[str], other: list[str], rng: np.random.Generator) -> tuple[float, float]:
@@ -28,18 +27,16 @@ def paired(one: list[str], other: list[str], rng: np.random.Generator) -> tuple[
     return round(float(low), 4), round(float(high), 4)
 
 
-def summary(
-    names: Sequence[str],
-    seeds: Sequence[int],
-    runs: dict[str, dict[str, Any]],
-    base: dict[str, Any],
-) -> dict[str, Any]:
-    """Means over seeds by method, beside the base, and intervals against our learner."""
+def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """Means over seeds by method, beside the base, and intervals against our learner.
+
+    ``runs`` are named by method and seed: ``sdft/0``.
+    """
     methods: dict[str, Any] = {}
-    for method in names:
+    seeds = sorted({int(run.partition("/")[2]) for run in runs})
+    there = {run.partition("/")[0] for run in runs}
+    for method in (m for m in FULL if m in there):
         done = {seed: runs[f"{method}/{seed}"] for seed in seeds if f"{method}/{seed}" in runs}
-        if not done:
-            continue
         mean = {
             key: round(statistics.fmean(r[key] for r in done.values()), 5)
             for key in ("average", "bwt", "base_kl", "human")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from importlib.metadata import version
@@ -29,7 +31,7 @@ from edge.student.runtime import Student
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from cloud.students.importer import Imported
     from protos.harness import Harness
@@ -68,6 +70,7 @@ def spec(
     learnt: Path | None = None,
     current: Path | None = None,
     replay: tuple[Shown, ...] = (),
+    threads: int = THREADS,
 ) -> adapt.Spec:
     """A job that learns a skill, from the import or from what was ``learnt`` before."""
     return adapt.Spec(
@@ -80,13 +83,14 @@ def spec(
         replay=replay,
         earlier=(),
         learner=learner,
+        threads=threads,
     )
 
 
-def drift(imported: Imported, candidate: Student) -> float:
+def drift(imported: Imported, candidate: Student, threads: int = THREADS) -> float:
     """Mean KL(base||candidate) in nats a token on the base's answers to the gate's prompts."""
     said = anchors.said(imported.masters)
-    base = Student.open(imported.bundle, threads=THREADS)
+    base = Student.open(imported.bundle, threads=threads)
     kl = base_kl(base, candidate, [(p, said[p]) for p in prompts.GATE])
     base.close()
     return kl
@@ -96,7 +100,7 @@ def train(
     spec: adapt.Spec, tell: Callable[[float], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One job of learning; the parameters that differ from the import, and how it went."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(spec.threads)
     losses: list[float] = []
     anchor_losses: list[float] = []
 
@@ -207,6 +211,15 @@ def kept(out: Path, results: Collection[dict[str, Any]]) -> str:
     """For people: how many results a benchmark goes on from, and which commits made them."""
     commits = sorted({r["machine"].get("commit", "?") for r in results})
     return f"kept: {len(results)} results in {out}, of {', '.join(commits)}"
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time between reading a file of results and writing it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write(path: Path, note: dict[str, Any]) -> None:

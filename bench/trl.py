@@ -36,6 +36,7 @@ class Run:
     cap: int
     seed: int = 0
     teacher: str = "paper"
+    threads: int = 2
 
 
 def learn(
@@ -77,6 +78,7 @@ def learn(
         "--max-completion": run.cap,
         "--seed": run.seed,
         "--teacher": run.teacher,
+        "--threads": run.threads,
     }
     words = [str(word) for pair in given.items() for word in pair]
     words += ["--save", str(save)] if save else []
