@@ -26,7 +26,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from bench import setup, skills
-from bench.learner import SKILLS, Plan, answered
+from bench.learner import SKILLS, Plan
+from bench.outcomes import answered
 from cloud.students.candidates import DELTA_SHARE, Candidate, Work, candidates
 from edge.student.runtime import Student
 

@@ -39,8 +39,8 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from bench import delta_tool, human, setup, skills
-from bench.learner import answered
 from bench.learner_methods import ANY_STEPS
+from bench.outcomes import answered
 from cloud.learners.config import LearnerConfig
 from cloud.students import low_rank
 from cloud.students.export import write_back

@@ -33,7 +33,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +42,13 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
-from bench import human, retention, setup, skills, trl
+from bench import retention, setup, skills, trl
 from bench.learner_methods import FULL, QUICK, config_of
 from bench.learner_report import summary, table
+from bench.outcomes import answered, general
 from cloud.students.candidates import DELTA_SHARE, Work, candidates
 from edge.student.runtime import Student
 from protos.errors import AnabranchError
-from protos.prompt import chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +66,7 @@ SKILLS = ("lights", "media", skills.FACTS)
 FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
 RESULTS = Path("bench/results/learner_full.json")
 """Kept in the tree: it takes many hours, and goes on where it was."""
+STAGES = "stages.json"
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,16 @@ class Sequence:
         tell: Callable[[str, float], None],
         say: Callable[[str], None],
     ) -> None:
-        """Learn and measure all stages; ``ours`` are our learner's seconds at each."""
-        learnt: Path | None = None
-        current = self.imported.bundle
-        for stage, material in enumerate(self.materials):
+        """Learn and measure all stages; ``ours`` are our learner's seconds at each.
+
+        Every stage is kept in ``folder``, with what it was made of: a run that was stopped goes on
+        after the last whole stage, if it is the same commit's.
+        """
+        made_of = self._made_of(base)
+        done = self._kept(folder, made_of)
+        learnt = folder / f"{done - 1}.safetensors" if done else None
+        current = folder / f"{done - 1}" if done else self.imported.bundle
+        for stage, material in list(enumerate(self.materials))[done:]:
             name = f"{self.method}: {material.name}"
             before, in_service = learnt, current
             if self.method == "trl":
@@ -131,16 +138,38 @@ class Sequence:
                 spec = self._spec(stage, learnt, current, config)
                 state, note = setup.train(spec, partial(tell, name))
             learnt, current = folder / f"{stage}.safetensors", folder / f"{stage}"
+            shutil.rmtree(current, ignore_errors=True)  # of a run that was killed there
             state, written = self._write(state, before, in_service, current, stage)
             note |= written
             save_file(state, learnt)
             self.result["stages"].append(note)
             self._measure(current, stage)
+            setup.write(folder / STAGES, {"made_of": made_of, "result": self.result})
             say(
                 f"{self.method}, seed {self.seed}, {material.name}: {note['steps']} steps in "
                 f"{note['learn_seconds']:.0f} s, {self.result['matrix'][-1]}"
             )
         self._finish(current, tell)
+
+    def _made_of(self, base: LearnerConfig) -> dict[str, Any]:
+        """What decides a run, as JSON reads it back."""
+        run = {"method": self.method, "seed": self.seed, "commit": setup.machine()["commit"]}
+        plan = asdict(replace(self.plan, methods=(), seeds=()))
+        made_of: dict[str, Any] = json.loads(json.dumps(run | {"plan": plan, "sdft": asdict(base)}))
+        return made_of
+
+    def _kept(self, folder: Path, made_of: dict[str, Any]) -> int:
+        """How many stages ``folder`` holds, and take their results; else an empty folder."""
+        try:
+            kept = json.loads((folder / STAGES).read_text())
+        except (OSError, ValueError):
+            kept = {}
+        if kept.get("made_of") == made_of:
+            self.result = kept["result"]
+            return len(self.result["stages"])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return 0
 
     def _write(
         self, learnt: State, before: Path | None, in_service: Path, out: Path, stage: int
@@ -219,39 +248,7 @@ class Sequence:
         self.result["average"] = round(statistics.fmean(matrix[-1]), 4)
         moves = [matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)]
         self.result["bwt"] = round(statistics.fmean(moves), 4) if moves else 0.0
-        self.result |= general(
-            bundle, self.imported, self.plan, lambda p: tell(f"{self.method}: retention", p)
-        )
-
-
-def answered(student: Student, material: skills.Material) -> list[bool]:
-    """Whether each unseen request is answered to the letter, greedily."""
-    system, limit = student.harness.system, student.harness.max_tokens
-    answers = student.answer_all([chat(system, d.messages) for d in material.tests], limit)
-    return [a.text == d.answer for a, d in zip(answers, material.tests, strict=True)]
-
-
-def general(
-    bundle: Path, imported: Imported, plan: Plan, tell: Callable[[float], None]
-) -> dict[str, Any]:
-    """What a student still is of its base: KL, retention, and people's commands."""
-    student = Student.open(bundle, threads=plan.threads)
-    kl = setup.drift(imported, student, plan.threads)
-    commands = [c for c in setup.people() if c.skill in plan.skills]
-    right = human.exact(student, commands)
-    student.close()
-    kept = retention.correct(
-        bundle, setup.DATA, rows=plan.rows, threads=plan.threads, report=lambda _, p: tell(p)
-    )
-    return {
-        "base_kl": round(kl, 5),
-        "human": round(statistics.fmean(right), 4) if right else 0.0,
-        "human_correct": "".join("01"[r] for r in right),
-        "retention": {k: round(v, 4) for k, v in retention.shares(kept).items()},
-        "retention_correct": {
-            k: "".join("01"[r] for r in v) for k, v in kept.items() if k in retention.HEADLINE
-        },
-    }
+        self.result |= general(bundle, self.imported, self.plan, tell, self.method)
 
 
 def main() -> None:
@@ -306,61 +303,70 @@ def main() -> None:
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: what was measured is in {out}; the same command goes on from there")
+        sys.exit(
+            f"stopped: what was measured is in {out} and {options.work}; the same command goes on"
+        )
 
 
 def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    machine = setup.machine()
-    note: dict[str, Any] = {"plan": asdict(plan), "sdft": asdict(base_config)}
-    kept = json.loads(out.read_text()) if out.exists() else {}
-    same = json.loads(json.dumps(note))
-    settings = ("skills", "train", "tests", "replay", "rows", "products")
-    if kept:
-        other = [s for s in settings if kept["plan"].get(s) != same["plan"][s]]
-        other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
-        setup.refuse_other(out, other)
-    runs: dict[str, Any] = kept.get("runs", {})
+    made = {"plan": asdict(plan), "sdft": asdict(base_config), "machine": setup.machine()}
     with Progress() as progress:
         bar = progress.add_task("student: import", total=1.0)
 
         def tell(what: str, part: float) -> None:
             progress.update(bar, description=what, completed=part)
 
-        imported = setup.student(skills.harness(), work / "learner-student", tell)
-        base = kept.get("base") or general(
-            imported.bundle, imported, plan, lambda p: tell("base: retention", p)
-        )
-        if runs:
-            progress.console.print(setup.kept(out, runs.values()))
+        with setup.alone(out):  # who comes second waits for what the first measures of the base
+            imported = setup.student(skills.harness(), work / "learner-student", tell)
+            kept = _kept(out, made)
+            base = kept.get("base") or general(imported.bundle, imported, plan, tell)
+            runs: dict[str, Any] = kept.get("runs", {})
+            if runs:
+                progress.console.print(setup.kept(out, runs.values()))
+            setup.write(out, kept or made | {"base": base, "runs": runs})
         for seed in plan.seeds:
             for method in plan.methods:
                 if f"{method}/{seed}" in runs:
                     continue
                 began = time.monotonic()
                 folder = work / "learner-work" / f"{method}-{seed}"
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
                 ours = runs.get(f"sdft/{seed}")
                 seconds = [s["learn_seconds"] for s in ours["stages"]] if ours else None
                 sequence = Sequence(plan, method, seed, imported)
                 sequence.run(folder, seconds, base_config, tell, progress.console.print)
                 sequence.result |= {
                     "date": time.strftime("%Y-%m-%d"),
-                    "machine": machine,
+                    "machine": made["machine"],
                     "threads": plan.threads,
                     "seconds": round(time.monotonic() - began),
                 }
                 if not keep:
                     shutil.rmtree(folder)
                 with setup.alone(out):  # another process may have written its runs since
-                    there = json.loads(out.read_text())["runs"] if out.exists() else {}
-                    runs |= {**there, f"{method}/{seed}": sequence.result}
-                    made = {"machine": machine, "base": base, "methods": summary(runs, base)}
-                    setup.write(out, note | {"date": sequence.result["date"], **made, "runs": runs})
+                    runs = _kept(out, made)["runs"] | {f"{method}/{seed}": sequence.result}
+                    rows = {"methods": summary(runs, base), "base": base, "runs": runs}
+                    setup.write(out, made | {"date": sequence.result["date"]} | rows)
     Console().print(table(summary(runs, base), base))
+
+
+def _kept(out: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results holds, nothing if there is none.
+
+    Raises:
+        InvalidInputError: it was measured with other options.
+    """
+    if not out.exists():
+        return {}
+    kept: dict[str, Any] = json.loads(out.read_text())
+    same = json.loads(json.dumps(made))
+    settings = ("skills", "train", "tests", "replay", "rows", "products")
+    other = [s for s in settings if kept["plan"].get(s) != same["plan"][s]]
+    other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
+    setup.refuse_other(out, other)
+    return kept
 
 
 if __name__ == "__main__":

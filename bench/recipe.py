@@ -33,7 +33,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from bench import setup, shipping, skills
-from bench.learner import answered
+from bench.outcomes import answered
 from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.students.candidates import delta_bytes
 from cloud.students.export import write_back
