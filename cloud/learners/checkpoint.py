@@ -22,17 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from cloud.learners.config import LearnerConfig
-    from cloud.learners.course import Course
-
 log = logging.getLogger("anabranch.learners")
 
 _SCORES, _STATE = "scores.pt", "checkpoint.pt"
 
 
-def key_of(course: Course, config: LearnerConfig, *weights: Mapping[str, torch.Tensor]) -> str:
-    """Names a job by what decides its result: ``weights`` are those that it begins with."""
-    named = hashlib.sha256(repr((course, config)).encode())
+def key_of(what: object, *weights: Mapping[str, torch.Tensor]) -> str:
+    """Names a result by what decides it: ``what`` by its ``repr``, ``weights`` by their bytes."""
+    named = hashlib.sha256(repr(what).encode())
     for tensors in weights:
         for name, value in sorted(tensors.items()):
             named.update(name.encode())
@@ -104,30 +101,38 @@ class Checkpoints:
         return {name: [Target.from_state(t) for t in ts] for name, ts in raw.items()}
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        if self._folder is None:
-            return
-        try:
-            with AtomicFile(self._folder / name) as file:
-                writer = cast("IO[bytes]", _Writer(file))
-                torch.save({"key": self._key, "content": dict(content)}, writer)
-                file.commit()
-        except (StorageError, RuntimeError) as error:
-            # torch closes its archive although the file has failed, and then complains of that.
-            log.warning("no checkpoint, the one before stays: %s", error.__context__ or error)
+        if self._folder is not None:
+            write(self._folder / name, self._key, content)
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        if self._folder is None or not (self._folder / name).exists():
-            return None
-        try:
-            raw = torch.load(self._folder / name, weights_only=True, map_location="cpu")
-        except Exception as error:  # noqa: BLE001  # torch raises many kinds for a broken file
-            log.warning("%s cannot be read (%s): the job starts over", name, error)
-            return None
-        if raw.get("key") != self._key:
-            log.warning("%s is of another job: this one starts over", name)
-            return None
-        content: dict[str, Any] = raw["content"]
-        return content
+        return None if self._folder is None else read(self._folder / name, self._key)
+
+
+def write(path: Path, key: str, content: Mapping[str, Any]) -> None:
+    """Keep tensors and plain values under a key; a full disk is said in the log and no more."""
+    try:
+        with AtomicFile(path) as file:
+            torch.save({"key": key, "content": dict(content)}, cast("IO[bytes]", _Writer(file)))
+            file.commit()
+    except (StorageError, RuntimeError) as error:
+        # torch closes its archive although the file has failed, and then complains of that.
+        log.warning("%s is not written, the one before stays: %s", path, error.__context__ or error)
+
+
+def read(path: Path, key: str) -> dict[str, Any] | None:
+    """What :func:`write` kept, or None: nothing, of another key, or broken."""
+    if not path.exists():
+        return None
+    try:
+        raw = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # noqa: BLE001  # torch raises many kinds for a broken file
+        log.warning("%s cannot be read (%s): it is made anew", path.name, error)
+        return None
+    if raw.get("key") != key:
+        log.info("%s was made for something else: it is made anew", path.name)
+        return None
+    content: dict[str, Any] = raw["content"]
+    return content
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -62,14 +62,15 @@ class Control:
     """How a job is watched and kept.
 
     ``report`` is called after each step, ``phase`` with a name and the fraction (0..1) of what goes
-    before the first step. ``folder`` keeps checkpoints (None: none are kept). ``clock`` is in
-    seconds.
+    before the first step. ``folder`` keeps checkpoints, ``memory`` what the next job of the same
+    import need not read again (None: nothing is kept). ``clock`` is in seconds.
     """
 
     clock: Callable[[], float]
     report: Callable[[StepReport], None] = lambda _: None
     phase: Callable[[str, float], None] = lambda _, __: None
     folder: Path | None = None
+    memory: Path | None = None
 
 
 @dataclass(frozen=True)

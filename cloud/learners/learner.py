@@ -60,7 +60,7 @@ def learn(
         msg = "nothing to learn: there is no demonstration"
         raise TrainingError(msg)
     began = control.clock()
-    files = Checkpoints(control.folder, key_of(course, config, model.weights(), learnt or {}))
+    files = Checkpoints(control.folder, key_of((course, config), model.weights(), learnt or {}))
     scores, imported = score_all(model, course, config, control, files, learnt or {})
     measured = _worth(course, scores)
     method = _method(config, measured)

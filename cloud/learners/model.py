@@ -249,6 +249,23 @@ class SplitModel:
         if batch:
             self._encode(batch)
 
+    def made_of(self, sequences: Sequence[Example]) -> list[torch.Tensor]:
+        """What the frozen layers made of sequences, of prefixes first: for :meth:`put`."""
+        if self.upper.embed is not None:
+            return []
+        prefixes = dict.fromkeys(s.prefix for s in sequences if s.prefix)
+        tails = [self._tails[s.prefix, s.tail] for s in sequences]
+        return [*(self._prefixes[p] for p in prefixes), *tails]
+
+    def put(self, sequences: Sequence[Example], hidden: Sequence[torch.Tensor]) -> None:
+        """Take over what :meth:`made_of` gave for the same sequences, split and weights."""
+        if self.upper.embed is not None:
+            return
+        prefixes = dict.fromkeys(s.prefix for s in sequences if s.prefix)
+        self._prefixes.update(zip(prefixes, hidden, strict=False))
+        tails = ((s.prefix, s.tail) for s in sequences)
+        self._tails.update(zip(tails, hidden[len(prefixes) :], strict=True))
+
     def _encode(self, batch: Sequence[Example]) -> None:
         places = lay(batch)
         hidden = _run(self._lower, self._embed(self._ids(places)), places, self._tables(places))

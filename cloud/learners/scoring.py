@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cloud.learners import targets
+from cloud.learners.memory import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +40,8 @@ def score_all(
 
     The imported model speaks first (``anchors``; ``teacher`` and ``held_teacher`` if it teaches;
     ``base``: the lessons without being shown them). Then ``learnt`` is loaded, and the student as
-    the job finds it speaks (``replay``, ``held_student``). Kept scores are not made again.
+    the job finds it speaks (``replay``, ``held_student``). Kept scores are not made again; those of
+    the anchors are kept for other jobs, too.
 
     Returns:
         Distributions by name, empty lists where none are needed; and a copy of the imported upper
@@ -47,7 +49,11 @@ def score_all(
     """
     # Always first and in this order, whether the job is new or goes on: how sequences are packed
     # changes their last bits, and Adam makes much of little.
-    model.encode([*(lesson.student for lesson in course.lessons), *course.replay, *course.anchors])
+    model.encode([*(lesson.student for lesson in course.lessons), *course.replay])
+    anchors = course.anchors if config.anchor_batch else ()
+    memory = Memory(control.memory, model, anchors, config.row_tokens, _HELD)
+    known = memory.load()
+    model.encode(course.anchors)
     if config.method == "sdft" and not config.scored_once and config.rollouts != "on-policy":
         model.encode([lesson.teacher for lesson in course.lessons])
     found = files.load_scores()
@@ -55,8 +61,14 @@ def score_all(
         found = {name: [t.to(model.device) for t in ts] for name, ts in found.items()}
     else:
         early, late = _wanted(course, config)
+        if known is None:
+            early = {"anchors": anchors, **early}
         scoring = _Scoring(model, config, control, [*early.values(), *late.values()])
         scoring.run(early)
+        if known is None:
+            memory.save(scoring.found["anchors"])
+        else:
+            scoring.found["anchors"] = known
     teaches = config.method == "sdft" and config.teacher == "imported" and not config.scored_once
     imported = model.copy_upper() if teaches else None
     model.load(learnt)
@@ -70,8 +82,8 @@ def score_all(
 def _wanted(
     course: Course, config: LearnerConfig
 ) -> tuple[dict[str, Sequence[Example]], dict[str, Sequence[Example]]]:
-    """What is scored by the imported model, and what by the student as the job finds it."""
-    early: dict[str, Sequence[Example]] = {"anchors": course.anchors if config.anchor_batch else ()}
+    """What the imported model scores besides the anchors, and what the student that serves."""
+    early: dict[str, Sequence[Example]] = {}
     late: dict[str, Sequence[Example]] = {"replay": course.replay if config.replay_batch else ()}
     if config.method == "sdft":
         teaching = early if config.teacher == "imported" else late

@@ -66,6 +66,7 @@ def run(
     clock: Callable[[], float] = time.monotonic,
     learnt: Mapping[str, torch.Tensor] | None = None,
     phase: Callable[[str, float], None] = lambda _, __: None,
+    memory: Path | None = None,
 ) -> Outcome:
-    control = Control(clock, report=report, phase=phase, folder=keep)
+    control = Control(clock, report=report, phase=phase, folder=keep, memory=memory)
     return learn(split(folder, config), course, config, control, end=END, learnt=learnt)

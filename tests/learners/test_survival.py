@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,11 @@ from protos.errors import StorageError, TrainingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cloud.learners.config import LearnerConfig
     from cloud.learners.course import StepReport
-    from tests.learners.learner_course import run, small
+    from tests.learners.learner_course import COURSE, run, small
 else:
-    from learner_course import run, small
+    from learner_course import COURSE, run, small
 
 KINDS: dict[str, dict[str, Any]] = {
     "sdft": {},
@@ -110,6 +112,56 @@ def test_what_was_scored_is_not_scored_again(tiny_folder: Path, tmp_path: Path) 
     assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
 
 
+def _anchors_scored(folder: Path, memory: Path, config: LearnerConfig, **more: Any) -> bool:  # noqa: ANN401
+    """Whether a job has its anchors read; it comes to the weights of a job that kept nothing."""
+    phases: set[str] = set()
+    ours = run(folder, config, memory=memory, phase=lambda name, _: phases.add(name), **more)
+    alone = run(folder, config, **more)
+    assert all(torch.equal(alone.parameters[n], ours.parameters[n]) for n in alone.parameters)
+    return "score anchors" in phases
+
+
+def test_what_the_import_says_to_anchors_is_read_by_the_first_job_only(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = small("sft-anchored", steps=4)
+    learnt = run(tiny_folder, config).parameters
+    assert _anchors_scored(tiny_folder, tmp_path, config)
+    assert not _anchors_scored(tiny_folder, tmp_path, config, learnt=learnt)
+    assert not _anchors_scored(tiny_folder, tmp_path, small("sdft", steps=4))
+
+
+def test_anchors_are_read_again_when_they_or_the_split_or_the_file_are_others(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = small("sft-anchored", steps=3)
+    assert _anchors_scored(tiny_folder, tmp_path, config)
+    fewer = replace(COURSE, anchors=COURSE.anchors[:1])
+    assert _anchors_scored(tiny_folder, tmp_path, config, course=fewer)
+    whole = small("sft-anchored", steps=3, layers=(0.0, 1.0), embeddings=True)
+    assert _anchors_scored(tiny_folder, tmp_path, whole)
+    assert not _anchors_scored(tiny_folder, tmp_path, whole)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert _anchors_scored(tiny_folder, tmp_path, whole)
+    assert not _anchors_scored(tiny_folder, tmp_path, whole)
+
+
+def test_a_full_disk_costs_the_anchors_memory_and_not_the_job(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: AtomicFile, __: bytes) -> None:
+        msg = "writing: No space left on device"
+        raise StorageError(msg)
+
+    config = small("sft-anchored", steps=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicFile, "write", full)
+        assert _anchors_scored(tiny_folder, tmp_path, config)
+    assert not list(tmp_path.iterdir())
+    assert _anchors_scored(tiny_folder, tmp_path, config)
+
+
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half a file"])
 def test_a_broken_checkpoint_is_not_trusted(
     damage: bytes, tiny_folder: Path, tmp_path: Path
@@ -159,7 +211,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_job(
     monkeypatch.setattr(AtomicFile, "write", full)
     config = small("sdft", steps=3, checkpoint_seconds=0.0)
     assert run(tiny_folder, config, keep=tmp_path).steps == 3
-    assert "no checkpoint, the one before stays" in caplog.text
+    assert "is not written, the one before stays" in caplog.text
     assert "No space left on device" in caplog.text
 
 
