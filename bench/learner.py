@@ -322,6 +322,8 @@ def measure(
         with setup.alone(out):  # who comes second waits for what the first measures of the base
             imported = setup.student(skills.harness(), work / "learner-student", tell)
             kept = _kept(out, made)
+            tell("student: read anchors", 0.9)
+            setup.read_anchors(imported, skills.material(plan.skills[0], 0, train=8, tests=1))
             base = kept.get("base") or general(imported.bundle, imported, plan, tell)
             runs: dict[str, Any] = kept.get("runs", {})
             if runs:

@@ -23,7 +23,7 @@ from bench import human, skills
 from cloud import adapt, anchors
 from cloud.gate.gate import base_kl
 from cloud.learners import prompts
-from cloud.learners.config import LearnerConfig
+from cloud.learners.config import DEFAULT, LearnerConfig
 from cloud.learners.course import Control
 from cloud.students import importer
 from cloud.students import source as sources
@@ -109,7 +109,7 @@ def train(
         anchor_losses.append(seen.anchor)
         tell(seen.fraction)
 
-    outcome = adapt.learn(spec, Control(time.monotonic, report=report))
+    outcome = adapt.learn(spec, Control(time.monotonic, report=report, memory=spec.masters))
     worth = outcome.worth
     note = {
         "method": outcome.method,
@@ -123,6 +123,11 @@ def train(
         "anchor_losses": tenths(anchor_losses),
     }
     return outcome.parameters, note
+
+
+def read_anchors(imported: Imported, taught: skills.Material) -> None:
+    """Have the anchors read, as the first job of an import does: no method pays for being first."""
+    train(spec(imported, taught, LearnerConfig.named(DEFAULT, steps=1)), lambda _: None)
 
 
 def tenths(values: Sequence[float]) -> list[float]:
