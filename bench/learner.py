@@ -67,6 +67,8 @@ FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
 RESULTS = Path("bench/results/learner_full.json")
 """Kept in the tree: it takes many hours, and goes on where it was."""
 STAGES = "stages.json"
+SETTINGS = ("skills", "train", "tests", "replay", "rows", "products")
+"""Of a plan, what all runs in a file of results have in common."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Sequence:
             )
             for name in plan.skills
         ]
-        self.result: dict[str, Any] = {"matrix": [], "stages": [], "correct": []}
+        self.result: dict[str, Any] = {"matrix": [], "stages": [], "correct": [], "seconds": 0}
 
     def run(
         self,
@@ -117,8 +119,11 @@ class Sequence:
         Every stage is kept in ``folder``, with what it was made of: a run that was stopped goes on
         after the last whole stage, if it is the same commit's.
         """
-        made_of = self._made_of(base)
+        made_of = self._made_of(base, ours)
         done = self._kept(folder, made_of)
+        if done:
+            say(f"{self.method}, seed {self.seed}: going on after {done} stages in {folder}")
+        began = time.monotonic() - self.result["seconds"]
         learnt = folder / f"{done - 1}.safetensors" if done else None
         current = folder / f"{done - 1}" if done else self.imported.bundle
         for stage, material in list(enumerate(self.materials))[done:]:
@@ -144,19 +149,22 @@ class Sequence:
             save_file(state, learnt)
             self.result["stages"].append(note)
             self._measure(current, stage)
+            self.result["seconds"] = round(time.monotonic() - began)
             setup.write(folder / STAGES, {"made_of": made_of, "result": self.result})
             say(
                 f"{self.method}, seed {self.seed}, {material.name}: {note['steps']} steps in "
                 f"{note['learn_seconds']:.0f} s, {self.result['matrix'][-1]}"
             )
         self._finish(current, tell)
+        self.result["seconds"] = round(time.monotonic() - began)
 
-    def _made_of(self, base: LearnerConfig) -> dict[str, Any]:
+    def _made_of(self, base: LearnerConfig, ours: list[float] | None) -> dict[str, Any]:
         """What decides a run, as JSON reads it back."""
-        run = {"method": self.method, "seed": self.seed, "commit": setup.machine()["commit"]}
+        made_of = {"method": self.method, "seed": self.seed, "commit": setup.machine()["commit"]}
+        made_of |= {"student": self.imported.digest, "seconds": ours, "sdft": asdict(base)}
         plan = asdict(replace(self.plan, methods=(), seeds=()))
-        made_of: dict[str, Any] = json.loads(json.dumps(run | {"plan": plan, "sdft": asdict(base)}))
-        return made_of
+        read: dict[str, Any] = json.loads(json.dumps(made_of | {"plan": plan}))
+        return read
 
     def _kept(self, folder: Path, made_of: dict[str, Any]) -> int:
         """How many stages ``folder`` holds, and take their results; else an empty folder."""
@@ -164,7 +172,8 @@ class Sequence:
             kept = json.loads((folder / STAGES).read_text())
         except (OSError, ValueError):
             kept = {}
-        if kept.get("made_of") == made_of:
+        commit = made_of["commit"]  # with a plus it says little of what was run
+        if kept.get("made_of") == made_of and commit and not commit.endswith("+"):
             self.result = kept["result"]
             return len(self.result["stages"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -312,46 +321,56 @@ def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    made = {"plan": asdict(plan), "sdft": asdict(base_config), "machine": setup.machine()}
+    options = {name: value for name, value in asdict(plan).items() if name in SETTINGS}
+    made = {"plan": options, "sdft": asdict(base_config), "machine": setup.machine()}
+    _kept(out, made)
     with Progress() as progress:
-        bar = progress.add_task("student: import", total=1.0)
+        bar = progress.add_task("wait for the process that has the student", total=1.0)
 
         def tell(what: str, part: float) -> None:
             progress.update(bar, description=what, completed=part)
 
-        with setup.alone(out):  # who comes second waits for what the first measures of the base
+        with setup.alone(work / "learner-student"):
             imported = setup.student(skills.harness(), work / "learner-student", tell)
+        with setup.alone(out):  # who comes second waits for what the first measures of the base
             kept = _kept(out, made)
-            tell("student: read anchors", 0.9)
-            setup.read_anchors(imported, skills.material(plan.skills[0], 0, train=8, tests=1))
             base = kept.get("base") or general(imported.bundle, imported, plan, tell)
             runs: dict[str, Any] = kept.get("runs", {})
             if runs:
                 progress.console.print(setup.kept(out, runs.values()))
-            setup.write(out, kept or made | {"base": base, "runs": runs})
+            setup.write(out, made | kept | {"base": base, "runs": runs})
         for seed in plan.seeds:
             for method in plan.methods:
-                if f"{method}/{seed}" in runs:
-                    continue
-                began = time.monotonic()
                 folder = work / "learner-work" / f"{method}-{seed}"
-                ours = runs.get(f"sdft/{seed}")
-                seconds = [s["learn_seconds"] for s in ours["stages"]] if ours else None
-                sequence = Sequence(plan, method, seed, imported)
-                sequence.run(folder, seconds, base_config, tell, progress.console.print)
-                sequence.result |= {
-                    "date": time.strftime("%Y-%m-%d"),
-                    "machine": made["machine"],
-                    "threads": plan.threads,
-                    "seconds": round(time.monotonic() - began),
-                }
-                if not keep:
-                    shutil.rmtree(folder)
-                with setup.alone(out):  # another process may have written its runs since
-                    runs = _kept(out, made)["runs"] | {f"{method}/{seed}": sequence.result}
-                    rows = {"methods": summary(runs, base), "base": base, "runs": runs}
-                    setup.write(out, made | {"date": sequence.result["date"]} | rows)
+                tell(f"wait for the process that has {folder}", 0.0)
+                with setup.alone(folder):
+                    runs = _kept(out, made).get("runs", {})
+                    if f"{method}/{seed}" in runs:
+                        continue
+                    sequence = Sequence(plan, method, seed, imported)
+                    seconds = _seconds(runs.get(f"sdft/{seed}"), plan)
+                    sequence.run(folder, seconds, base_config, tell, progress.console.print)
+                    sequence.result |= {
+                        "date": time.strftime("%Y-%m-%d"),
+                        "machine": made["machine"],
+                        "threads": plan.threads,
+                    }
+                    with setup.alone(out):  # another process may have written its runs since
+                        runs = _kept(out, made).get("runs", {})
+                        runs[f"{method}/{seed}"] = sequence.result
+                        rows = {"methods": summary(runs, base), "base": base, "runs": runs}
+                        setup.write(out, made | {"date": sequence.result["date"]} | rows)
+                    (folder / STAGES).unlink()
+                    if not keep:
+                        shutil.rmtree(folder)
     Console().print(table(summary(runs, base), base))
+
+
+def _seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:
+    """What our learner took at each stage, with as many threads."""
+    if ours is None or ours.get("threads", setup.THREADS) != plan.threads:
+        return None
+    return [stage["learn_seconds"] for stage in ours["stages"]]
 
 
 def _kept(out: Path, made: dict[str, Any]) -> dict[str, Any]:
@@ -364,8 +383,7 @@ def _kept(out: Path, made: dict[str, Any]) -> dict[str, Any]:
         return {}
     kept: dict[str, Any] = json.loads(out.read_text())
     same = json.loads(json.dumps(made))
-    settings = ("skills", "train", "tests", "replay", "rows", "products")
-    other = [s for s in settings if kept["plan"].get(s) != same["plan"][s]]
+    other = [s for s in SETTINGS if kept["plan"].get(s) != same["plan"][s]]
     other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
     setup.refuse_other(out, other)
     return kept

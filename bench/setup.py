@@ -23,7 +23,7 @@ from bench import human, skills
 from cloud import adapt, anchors
 from cloud.gate.gate import base_kl
 from cloud.learners import prompts
-from cloud.learners.config import DEFAULT, LearnerConfig
+from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control
 from cloud.students import importer
 from cloud.students import source as sources
@@ -99,7 +99,10 @@ def drift(imported: Imported, candidate: Student, threads: int = THREADS) -> flo
 def train(
     spec: adapt.Spec, tell: Callable[[float], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """One job of learning; the parameters that differ from the import, and how it went."""
+    """One job of learning; the parameters that differ from the import, and how it went.
+
+    It reads its anchors itself, as a cloud's first job does: no method gains by coming later.
+    """
     torch.set_num_threads(spec.threads)
     losses: list[float] = []
     anchor_losses: list[float] = []
@@ -109,7 +112,7 @@ def train(
         anchor_losses.append(seen.anchor)
         tell(seen.fraction)
 
-    outcome = adapt.learn(spec, Control(time.monotonic, report=report, memory=spec.masters))
+    outcome = adapt.learn(spec, Control(time.monotonic, report=report))
     worth = outcome.worth
     note = {
         "method": outcome.method,
@@ -123,11 +126,6 @@ def train(
         "anchor_losses": tenths(anchor_losses),
     }
     return outcome.parameters, note
-
-
-def read_anchors(imported: Imported, taught: skills.Material) -> None:
-    """Have the anchors read, as the first job of an import does: no method pays for being first."""
-    train(spec(imported, taught, LearnerConfig.named(DEFAULT, steps=1)), lambda _: None)
 
 
 def tenths(values: Sequence[float]) -> list[float]:
@@ -220,9 +218,9 @@ def kept(out: Path, results: Collection[dict[str, Any]]) -> str:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """One process at a time between reading a file of results and writing it again."""
+    """One process at a time with a file of results, or with a folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    with path.with_name(path.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -161,7 +161,8 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
     torch.set_num_threads(spec.threads)
     progress = Progress(job / "progress.json", clock)
     began = clock()
-    outcome = learn(spec, Control(clock, _report(progress), _phase(progress), job, spec.masters))
+    control = Control(clock, _report(progress), _phase(progress), job, memory=job.parent)
+    outcome = learn(spec, control)
     seconds = clock() - began
     candidate, verdict = _judged(spec, outcome.parameters, general, job, progress)
     left_out = [i for i, d in enumerate(whole.train) if d not in spec.train]

@@ -116,7 +116,7 @@ def write(path: Path, key: str, content: Mapping[str, Any]) -> None:
             file.commit()
     except (StorageError, RuntimeError) as error:
         # torch closes its archive although the file has failed, and then complains of that.
-        log.warning("%s is not written, the one before stays: %s", path, error.__context__ or error)
+        log.warning("%s is not written, what was there stays: %s", path, error.__context__ or error)
 
 
 def read(path: Path, key: str) -> dict[str, Any] | None:
@@ -128,8 +128,8 @@ def read(path: Path, key: str) -> dict[str, Any] | None:
     except Exception as error:  # noqa: BLE001  # torch raises many kinds for a broken file
         log.warning("%s cannot be read (%s): it is made anew", path.name, error)
         return None
-    if raw.get("key") != key:
-        log.info("%s was made for something else: it is made anew", path.name)
+    if not isinstance(raw, dict) or raw.get("key") != key:
+        log.warning("%s was made for something else: it is made anew", path.name)
         return None
     content: dict[str, Any] = raw["content"]
     return content

@@ -217,6 +217,10 @@ class SplitModel:
         """The upper layers' parameters as they are, by name in the whole model."""
         return {self._name(name): value for name, value in self.upper.named_parameters()}
 
+    def everything(self) -> dict[str, nn.Parameter]:
+        """All parameters as they are, also those that never learn, by name in the whole model."""
+        return dict(self._whole.named_parameters())
+
     def _name(self, name: str) -> str:
         """The whole model's name of a parameter of the upper layers."""
         name = name.replace(".base.weight", ".weight")

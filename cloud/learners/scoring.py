@@ -50,12 +50,12 @@ def score_all(
     # Always first and in this order, whether the job is new or goes on: how sequences are packed
     # changes their last bits, and Adam makes much of little.
     model.encode([*(lesson.student for lesson in course.lessons), *course.replay])
+    if config.method == "sdft" and not config.scored_once and config.rollouts != "on-policy":
+        model.encode([lesson.teacher for lesson in course.lessons])
     anchors = course.anchors if config.anchor_batch else ()
     memory = Memory(control.memory, model, anchors, config.row_tokens, _HELD)
     known = memory.load()
-    model.encode(course.anchors)
-    if config.method == "sdft" and not config.scored_once and config.rollouts != "on-policy":
-        model.encode([lesson.teacher for lesson in course.lessons])
+    model.encode(course.anchors)  # after all others: other jobs take over what is made of them
     found = files.load_scores()
     if found is not None:
         found = {name: [t.to(model.device) for t in ts] for name, ts in found.items()}

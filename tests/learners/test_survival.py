@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cloud.learners.checkpoint import remove_checkpoints
+from cloud.learners.packing import Example
 from edge.delta.files import AtomicFile
 from protos.errors import StorageError, TrainingError
 
@@ -112,8 +113,15 @@ def test_what_was_scored_is_not_scored_again(tiny_folder: Path, tmp_path: Path) 
     assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
 
 
+SHARING = Example(COURSE.lessons[0].student.prefix, (70, 71), (72, 73, 2))
+
+
 def _anchors_scored(folder: Path, memory: Path, config: LearnerConfig, **more: Any) -> bool:  # noqa: ANN401
-    """Whether a job has its anchors read; it comes to the weights of a job that kept nothing."""
+    """Whether a job has its anchors read; it comes to the weights of a job that kept nothing.
+
+    One of them has the lessons' system prompt, which each job reads anew.
+    """
+    more = {"course": replace(COURSE, anchors=(*COURSE.anchors, SHARING))} | more
     phases: set[str] = set()
     ours = run(folder, config, memory=memory, phase=lambda name, _: phases.add(name), **more)
     alone = run(folder, config, **more)
@@ -128,7 +136,8 @@ def test_what_the_import_says_to_anchors_is_read_by_the_first_job_only(
     learnt = run(tiny_folder, config).parameters
     assert _anchors_scored(tiny_folder, tmp_path, config)
     assert not _anchors_scored(tiny_folder, tmp_path, config, learnt=learnt)
-    assert not _anchors_scored(tiny_folder, tmp_path, small("sdft", steps=4))
+    for changes in ({}, {"teacher": "current"}, {"top_k": 0}):
+        assert not _anchors_scored(tiny_folder, tmp_path, small("sdft", steps=4, **changes))
 
 
 def test_anchors_are_read_again_when_they_or_the_split_or_the_file_are_others(
@@ -211,7 +220,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_job(
     monkeypatch.setattr(AtomicFile, "write", full)
     config = small("sdft", steps=3, checkpoint_seconds=0.0)
     assert run(tiny_folder, config, keep=tmp_path).steps == 3
-    assert "is not written, the one before stays" in caplog.text
+    assert "is not written, what was there stays" in caplog.text
     assert "No space left on device" in caplog.text
 
 
