@@ -120,7 +120,7 @@ class Sequence:
         after the last whole stage, if it is the same commit's.
         """
         made_of = self._made_of(base, ours)
-        done = self._kept(folder, made_of)
+        done = self._resume(folder, made_of)
         if done:
             say(f"{self.method}, seed {self.seed}: going on after {done} stages in {folder}")
         began = time.monotonic() - self.result["seconds"]
@@ -166,7 +166,7 @@ class Sequence:
         read: dict[str, Any] = json.loads(json.dumps(made_of | {"plan": plan}))
         return read
 
-    def _kept(self, folder: Path, made_of: dict[str, Any]) -> int:
+    def _resume(self, folder: Path, made_of: dict[str, Any]) -> int:
         """How many stages ``folder`` holds, and take their results; else an empty folder."""
         try:
             kept = json.loads((folder / STAGES).read_text())
@@ -321,9 +321,9 @@ def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    options = {name: value for name, value in asdict(plan).items() if name in SETTINGS}
+    options = {name: getattr(plan, name) for name in SETTINGS}
     made = {"plan": options, "sdft": asdict(base_config), "machine": setup.machine()}
-    _kept(out, made)
+    _results(out, made)
     with Progress() as progress:
         bar = progress.add_task("wait for the process that has the student", total=1.0)
 
@@ -333,7 +333,7 @@ def measure(
         with setup.alone(work / "learner-student"):
             imported = setup.student(skills.harness(), work / "learner-student", tell)
         with setup.alone(out):  # who comes second waits for what the first measures of the base
-            kept = _kept(out, made)
+            kept = _results(out, made)
             base = kept.get("base") or general(imported.bundle, imported, plan, tell)
             runs: dict[str, Any] = kept.get("runs", {})
             if runs:
@@ -344,7 +344,7 @@ def measure(
                 folder = work / "learner-work" / f"{method}-{seed}"
                 tell(f"wait for the process that has {folder}", 0.0)
                 with setup.alone(folder):
-                    runs = _kept(out, made).get("runs", {})
+                    runs = _results(out, made).get("runs", {})
                     if f"{method}/{seed}" in runs:
                         continue
                     sequence = Sequence(plan, method, seed, imported)
@@ -355,15 +355,22 @@ def measure(
                         "machine": made["machine"],
                         "threads": plan.threads,
                     }
-                    with setup.alone(out):  # another process may have written its runs since
-                        runs = _kept(out, made).get("runs", {})
-                        runs[f"{method}/{seed}"] = sequence.result
-                        rows = {"methods": summary(runs, base), "base": base, "runs": runs}
-                        setup.write(out, made | {"date": sequence.result["date"]} | rows)
+                    runs = _store(out, made, base, {f"{method}/{seed}": sequence.result})
                     (folder / STAGES).unlink()
                     if not keep:
                         shutil.rmtree(folder)
     Console().print(table(summary(runs, base), base))
+
+
+def _store(
+    out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """Add a run to a file of results; all that it holds, other processes' too."""
+    with setup.alone(out):
+        runs: dict[str, Any] = _results(out, made).get("runs", {}) | run
+        rows = {"methods": summary(runs, base), "base": base, "runs": runs}
+        setup.write(out, made | {"date": time.strftime("%Y-%m-%d")} | rows)
+    return runs
 
 
 def _seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:
@@ -373,7 +380,7 @@ def _seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:
     return [stage["learn_seconds"] for stage in ours["stages"]]
 
 
-def _kept(out: Path, made: dict[str, Any]) -> dict[str, Any]:
+def _results(out: Path, made: dict[str, Any]) -> dict[str, Any]:
     """What a file of results holds, nothing if there is none.
 
     Raises:
@@ -383,8 +390,8 @@ def _kept(out: Path, made: dict[str, Any]) -> dict[str, Any]:
         return {}
     kept: dict[str, Any] = json.loads(out.read_text())
     same = json.loads(json.dumps(made))
-    other = [s for s in SETTINGS if kept["plan"].get(s) != same["plan"][s]]
-    other += [n for n, v in same["sdft"].items() if kept["sdft"].get(n) != v]
+    parts = ("plan", "sdft")
+    other = [n for part in parts for n, v in same[part].items() if kept[part].get(n) != v]
     setup.refuse_other(out, other)
     return kept
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cloud.learners.lora import LoraLinear, adapt
-from cloud.learners.packing import attend, lay
+from cloud.learners.packing import attend, lay, prefixes
 from cloud.learners.sampling import sample
 from protos.errors import TrainingError
 
@@ -257,18 +257,17 @@ class SplitModel:
         """What the frozen layers made of sequences, of prefixes first: for :meth:`put`."""
         if self.upper.embed is not None:
             return []
-        prefixes = dict.fromkeys(s.prefix for s in sequences if s.prefix)
         tails = [self._tails[s.prefix, s.tail] for s in sequences]
-        return [*(self._prefixes[p] for p in prefixes), *tails]
+        return [*(self._prefixes[p] for p in prefixes(sequences)), *tails]
 
     def put(self, sequences: Sequence[Example], hidden: Sequence[torch.Tensor]) -> None:
         """Take over what :meth:`made_of` gave for the same sequences, split and weights."""
         if self.upper.embed is not None:
             return
-        prefixes = dict.fromkeys(s.prefix for s in sequences if s.prefix)
-        self._prefixes.update(zip(prefixes, hidden, strict=False))
-        tails = ((s.prefix, s.tail) for s in sequences)
-        self._tails.update(zip(tails, hidden[len(prefixes) :], strict=True))
+        first = prefixes(sequences)
+        tails = [(s.prefix, s.tail) for s in sequences]
+        self._prefixes.update(zip(first, hidden[: len(first)], strict=True))
+        self._tails.update(zip(tails, hidden[len(first) :], strict=True))
 
     def _encode(self, batch: Sequence[Example]) -> None:
         places = lay(batch)

@@ -51,6 +51,11 @@ class Place:
     is_prefix: bool
 
 
+def prefixes(sequences: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
+    """Each prefix of some sequences once, in their order."""
+    return tuple(dict.fromkeys(s.prefix for s in sequences if s.prefix))
+
+
 def lay(sequences: Sequence[Example]) -> tuple[Place, ...]:
     """Lay each prefix once, then what follows it in each sequence, in their order.
 
@@ -60,7 +65,7 @@ def lay(sequences: Sequence[Example]) -> tuple[Place, ...]:
     places: list[Place] = []
     numbers: dict[tuple[int, ...], int] = {}
     end = 0
-    for prefix in dict.fromkeys(s.prefix for s in sequences if s.prefix):
+    for prefix in prefixes(sequences):
         numbers[prefix] = len(places)
         places.append(Place(prefix, end, (), None, is_prefix=True))
         end += len(prefix)
