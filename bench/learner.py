@@ -120,7 +120,8 @@ class Sequence:
         after the last whole stage, if it is the same commit's.
         """
         made_of = self._made_of(base, ours)
-        done = self._resume(folder, made_of)
+        self.result |= _whole_stages(folder, made_of)
+        done = len(self.result["stages"])
         if done:
             say(f"{self.method}, seed {self.seed}: going on after {done} stages in {folder}")
         began = time.monotonic() - self.result["seconds"]
@@ -165,20 +166,6 @@ class Sequence:
         plan = asdict(replace(self.plan, methods=(), seeds=()))
         read: dict[str, Any] = json.loads(json.dumps(made_of | {"plan": plan}))
         return read
-
-    def _resume(self, folder: Path, made_of: dict[str, Any]) -> int:
-        """How many stages ``folder`` holds, and take their results; else an empty folder."""
-        try:
-            kept = json.loads((folder / STAGES).read_text())
-        except (OSError, ValueError):
-            kept = {}
-        commit = made_of["commit"]  # with a plus it says little of what was run
-        if kept.get("made_of") == made_of and commit and not commit.endswith("+"):
-            self.result = kept["result"]
-            return len(self.result["stages"])
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return 0
 
     def _write(
         self, learnt: State, before: Path | None, in_service: Path, out: Path, stage: int
@@ -258,6 +245,20 @@ class Sequence:
         moves = [matrix[-1][j] - matrix[j][j] for j in range(len(matrix) - 1)]
         self.result["bwt"] = round(statistics.fmean(moves), 4) if moves else 0.0
         self.result |= general(bundle, self.imported, self.plan, tell, self.method)
+
+
+def _whole_stages(folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run's stages in ``folder``; none, and an empty folder, if it was another."""
+    try:
+        kept: dict[str, Any] = json.loads((folder / STAGES).read_text())
+    except (OSError, ValueError):
+        kept = {}
+    commit = made_of["commit"]  # with a plus it says little of what was run
+    if kept.get("made_of") == made_of and commit and not commit.endswith("+"):
+        return dict(kept["result"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return {}
 
 
 def main() -> None:

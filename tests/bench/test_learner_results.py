@@ -1,0 +1,98 @@
+"""The learner's benchmark takes hours: what was measured is kept, whoever stops or shares it."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bench import learner, setup
+from cloud.learners.config import LearnerConfig
+from protos.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BASE: dict[str, Any] = {"retention": {"mean": 0.5}}
+PLAN = learner.Plan(methods=("sft",), skills=("lights", "media"), seeds=(0,))
+
+
+def made(plan: learner.Plan = PLAN) -> dict[str, Any]:
+    options = {name: getattr(plan, name) for name in learner.SETTINGS}
+    return {"plan": options, "sdft": asdict(LearnerConfig()), "machine": {"commit": "abc"}}
+
+
+def a_run(average: float = 0.5) -> dict[str, Any]:
+    run: dict[str, Any] = {"average": average, "bwt": 0.0, "base_kl": 0.1, "human": 0.5}
+    run |= {"retention": {"mean": 0.5}, "matrix": [[average]], "correct": [["01"]]}
+    return run | {"human_correct": ["01"], "stages": [{"method": "sft", "learn_seconds": 1.0}]}
+
+
+def made_of(commit: str = "abc") -> dict[str, Any]:
+    return {"method": "sft", "seed": 0, "commit": commit}
+
+
+def stopped(folder: Path, commit: str = "abc") -> dict[str, Any]:
+    """What a run leaves that was killed in its second stage."""
+    result = {"stages": [{"steps": 75}], "matrix": [[0.9]], "seconds": 60}
+    setup.write(folder / learner.STAGES, {"made_of": made_of(commit), "result": result})
+    (folder / "0.safetensors").write_bytes(b"learnt")
+    (folder / "1").mkdir()
+    return result
+
+
+def test_a_stopped_run_goes_on_after_its_last_whole_stage(tmp_path: Path) -> None:
+    result = stopped(tmp_path)
+    assert learner._whole_stages(tmp_path, made_of()) == result
+    assert (tmp_path / "0.safetensors").read_bytes() == b"learnt"
+
+
+@pytest.mark.parametrize(
+    ("kept", "now"), [("abc", "def"), ("abc+", "abc+"), ("", "")], ids=["other", "changed", "none"]
+)
+def test_stages_of_another_commit_or_of_changed_files_are_done_anew(
+    tmp_path: Path, kept: str, now: str
+) -> None:
+    stopped(tmp_path, kept)
+    assert learner._whole_stages(tmp_path, made_of(now)) == {}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"made_of": 1}'])
+def test_stages_that_cannot_be_read_are_done_anew(tmp_path: Path, text: str) -> None:
+    stopped(tmp_path)
+    (tmp_path / learner.STAGES).write_text(text)
+    assert learner._whole_stages(tmp_path, made_of()) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_are_stored_at_once_are_all_kept(tmp_path: Path) -> None:
+    """By threads here, which the lock of a file keeps apart as it does processes."""
+    out = tmp_path / "full.json"
+    runs = [f"{method}/{seed}" for method in ("sft", "lora") for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(learner._store, out, made(), BASE, {r: a_run()}) for r in runs]:
+            done.result()
+    kept = json.loads(out.read_text())
+    assert set(kept["runs"]) == set(runs)
+    assert kept["methods"]["lora"]["seeds"] == list(range(8))
+
+
+def test_results_of_other_options_are_refused_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "full.json"
+    learner._store(out, made(), BASE, {"sft/0": a_run()})
+    before = out.read_bytes()
+    other = made(learner.Plan(methods=("sft",), skills=("lights",), seeds=(0,)))
+    with pytest.raises(InvalidInputError, match=r"other skills.*--out"):
+        learner._store(out, other, BASE, {"sft/1": a_run()})
+    assert out.read_bytes() == before
+
+
+def test_a_rival_gets_our_seconds_only_from_a_run_with_as_many_threads() -> None:
+    ours = a_run() | {"threads": PLAN.threads}
+    assert learner._seconds(ours, PLAN) == [1.0]
+    assert learner._seconds(ours | {"threads": PLAN.threads + 1}, PLAN) is None
+    assert learner._seconds(None, PLAN) is None
