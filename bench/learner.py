@@ -322,8 +322,7 @@ def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    options = {name: getattr(plan, name) for name in SETTINGS}
-    made = {"plan": options, "sdft": asdict(base_config), "machine": setup.machine()}
+    made = _made(plan, base_config)
     _results(out, made)
     with Progress() as progress:
         bar = progress.add_task("wait for the process that has the student", total=1.0)
@@ -361,6 +360,12 @@ def measure(
                     if not keep:
                         shutil.rmtree(folder)
     Console().print(table(summary(runs, base), base))
+
+
+def _made(plan: Plan, base: LearnerConfig) -> dict[str, Any]:
+    """What all runs in a file of results were measured with."""
+    options = {name: getattr(plan, name) for name in SETTINGS}
+    return {"plan": options, "sdft": asdict(base), "machine": setup.machine()}
 
 
 def _store(

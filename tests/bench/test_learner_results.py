@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,16 +18,12 @@ if TYPE_CHECKING:
 
 BASE: dict[str, Any] = {"retention": {"mean": 0.5}}
 PLAN = learner.Plan(methods=("sft",), skills=("lights", "media"), seeds=(0,))
+MADE = learner._made(PLAN, LearnerConfig())
 
 
-def made(plan: learner.Plan = PLAN) -> dict[str, Any]:
-    options = {name: getattr(plan, name) for name in learner.SETTINGS}
-    return {"plan": options, "sdft": asdict(LearnerConfig()), "machine": {"commit": "abc"}}
-
-
-def a_run(average: float = 0.5) -> dict[str, Any]:
-    run: dict[str, Any] = {"average": average, "bwt": 0.0, "base_kl": 0.1, "human": 0.5}
-    run |= {"retention": {"mean": 0.5}, "matrix": [[average]], "correct": [["01"]]}
+def a_run() -> dict[str, Any]:
+    run: dict[str, Any] = {"average": 0.5, "bwt": 0.0, "base_kl": 0.1, "human": 0.5}
+    run |= {"retention": {"mean": 0.5}, "matrix": [[0.5]], "correct": [["01"]]}
     return run | {"human_correct": ["01"], "stages": [{"method": "sft", "learn_seconds": 1.0}]}
 
 
@@ -74,7 +70,7 @@ def test_runs_that_are_stored_at_once_are_all_kept(tmp_path: Path) -> None:
     out = tmp_path / "full.json"
     runs = [f"{method}/{seed}" for method in ("sft", "lora") for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(learner._store, out, made(), BASE, {r: a_run()}) for r in runs]:
+        for done in [pool.submit(learner._store, out, MADE, BASE, {r: a_run()}) for r in runs]:
             done.result()
     kept = json.loads(out.read_text())
     assert set(kept["runs"]) == set(runs)
@@ -83,9 +79,9 @@ def test_runs_that_are_stored_at_once_are_all_kept(tmp_path: Path) -> None:
 
 def test_results_of_other_options_are_refused_and_kept(tmp_path: Path) -> None:
     out = tmp_path / "full.json"
-    learner._store(out, made(), BASE, {"sft/0": a_run()})
+    learner._store(out, MADE, BASE, {"sft/0": a_run()})
     before = out.read_bytes()
-    other = made(learner.Plan(methods=("sft",), skills=("lights",), seeds=(0,)))
+    other = learner._made(replace(PLAN, skills=("lights",)), LearnerConfig())
     with pytest.raises(InvalidInputError, match=r"other skills.*--out"):
         learner._store(out, other, BASE, {"sft/1": a_run()})
     assert out.read_bytes() == before
