@@ -116,6 +116,7 @@ def train(
     worth = outcome.worth
     note = {
         "method": outcome.method,
+        "precision": outcome.precision,
         "steps": outcome.steps,
         "stopped": outcome.stopped,
         "teacher": None if worth is None else str(worth),

@@ -30,6 +30,7 @@ from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control, Course, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
 from cloud.learners.model import SplitModel
+from cloud.learners.precision import narrow
 from cloud.students.candidates import (
     DELTA_SHARE,
     Candidate,
@@ -178,6 +179,7 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
         "noise": round(candidate.noise, 3),
         "changed_codes": candidate.changed,
         "method": outcome.method,
+        "precision": outcome.precision,
         "steps": outcome.steps,
         "stopped": outcome.stopped,
         "teacher": None if outcome.worth is None else asdict(outcome.worth),
@@ -310,6 +312,7 @@ def open_model(
     model = LlamaForCausalLM.from_pretrained(
         spec.masters, dtype=torch.float32, local_files_only=True
     )
+    device = device or torch.device("cpu")
     layers, (first, last) = model.config.num_hidden_layers, spec.learner.layers
     before = [int(n.split(".")[2]) for n in learnt if n.startswith("model.layers.")]
     begin = round(layers * first)
@@ -321,7 +324,8 @@ def open_model(
         end=round(layers * last),
         embeddings=spec.learner.embeddings,
         held_embeddings=held,
-        device=device or torch.device("cpu"),
+        device=device,
+        bf16=narrow(spec.learner.precision, device),
     )
 
 

@@ -19,6 +19,7 @@ Rollouts = Literal["guided", "on-policy", "demonstration"]
 Schedule = Literal["plateau", "cosine"]
 Fallback = Literal["sft", "stop", "ignore"]
 Prompt = Literal["turns", "prose"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 _TINY = 1e-12
@@ -75,6 +76,8 @@ class LearnerConfig:
     Optimisation: AdamW, ``schedule`` (``plateau`` then a linear last third, or ``cosine``).
     ``budget_seconds`` 0 is none; else the schedule follows the clock and ends in time.
     ``row_tokens`` bounds memory: so many tokens are computed at once, what they share laid once.
+    ``precision`` is that of matrix products: ``fp32``, ``bf16``, or ``auto``: bfloat16 where the
+    processor multiplies it by itself (:mod:`cloud.learners.precision`).
     """
 
     method: Method = "sdft"
@@ -120,6 +123,7 @@ class LearnerConfig:
     budget_seconds: float = 0.0
     checkpoint_seconds: float = 60.0
     row_tokens: int = 640
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant.
@@ -135,6 +139,7 @@ class LearnerConfig:
             "rollouts": Rollouts,
             "fallback": Fallback,
             "schedule": Schedule,
+            "precision": Precision,
         }
         for name, kind in kinds.items():
             if (value := getattr(self, name)) not in get_args(kind):

@@ -77,13 +77,14 @@ class Control:
 class Outcome:
     """What a job learnt.
 
-    ``parameters`` by name in the whole model; ``method`` that was used after all; ``stopped`` says
-    why it ended before its steps, or is empty; ``scoring_seconds`` went before the first step,
-    ``step_seconds`` are each step's.
+    ``parameters`` by name in the whole model; ``method`` and ``precision`` (``fp32`` or ``bf16``)
+    that were used after all; ``stopped`` says why it ended before its steps, or is empty;
+    ``scoring_seconds`` went before the first step, ``step_seconds`` are each step's.
     """
 
     parameters: dict[str, torch.Tensor]
     method: str
+    precision: str
     steps: int
     stopped: str
     worth: Worth | None

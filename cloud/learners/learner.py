@@ -13,6 +13,7 @@ from cloud.learners import worth
 from cloud.learners.checkpoint import Checkpoints, key_of
 from cloud.learners.course import Outcome
 from cloud.learners.objectives import Objective, Sdft, Sft
+from cloud.learners.precision import quick_products
 from cloud.learners.scoring import score_all
 from cloud.learners.training import Training
 from protos.errors import TrainingError
@@ -59,9 +60,22 @@ def learn(
     if not course.lessons:
         msg = "nothing to learn: there is no demonstration"
         raise TrainingError(msg)
+    with quick_products(allowed=model.bf16):
+        return _learn(model, course, config, control, end=end, learnt=learnt or {})
+
+
+def _learn(
+    model: SplitModel,
+    course: Course,
+    config: LearnerConfig,
+    control: Control,
+    *,
+    end: int,
+    learnt: Mapping[str, torch.Tensor],
+) -> Outcome:
     began = control.clock()
-    files = Checkpoints(control.folder, key_of((course, config), model.weights(), learnt or {}))
-    scores, imported = score_all(model, course, config, control, files, learnt or {})
+    files = Checkpoints(control.folder, key_of((course, config), model.weights(), learnt))
+    scores, imported = score_all(model, course, config, control, files, learnt)
     measured = _worth(course, scores)
     method = _method(config, measured)
     if config.rank:
@@ -86,7 +100,14 @@ def learn(
     scoring = control.clock() - began
     stopped = training.run(method, scoring)
     return Outcome(
-        model.learnt(), method, training.step, stopped, measured, scoring, training.seconds
+        model.learnt(),
+        method,
+        "bf16" if model.bf16 else "fp32",
+        training.step,
+        stopped,
+        measured,
+        scoring,
+        training.seconds,
     )
 
 

@@ -50,7 +50,7 @@ class Memory:
         if self._path is None:
             return None
         made_by = (_FORMAT, torch.__version__, torch.get_num_threads(), self._model.device.type)
-        what = (self._anchors, self._how, self._model.split)
+        what = (self._anchors, self._how, self._model.split, self._model.bf16)
         self._key = key_of((made_by, what), self._model.everything())
         raw = read(self._path, self._key)
         if raw is None:

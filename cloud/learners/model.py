@@ -126,6 +126,7 @@ class SplitModel:
         embeddings: embeddings and head learn as well; then ``split`` is 0.
         held_embeddings: they were learnt before: they belong to the upper layers, but learn no
             more unless ``embeddings``; ``split`` is 0 then, too.
+        bf16: products of layers are in bfloat16; logits and what is kept are fp32.
     """
 
     def __init__(
@@ -138,12 +139,14 @@ class SplitModel:
         end: int | None = None,
         embeddings: bool = False,
         held_embeddings: bool = False,
+        bf16: bool = False,
     ) -> None:
         model.requires_grad_(requires_grad=False)
         nn.Module.to(model, device)
         inner = model.model
         self.device = device
         self.split = split
+        self.bf16 = bf16
         self._whole = model
         self._embed = inner.embed_tokens
         self._lower = list(inner.layers[:split])
@@ -236,7 +239,11 @@ class SplitModel:
     ) -> list[tuple[int, ...]]:
         """One sampled answer to each prompt, with its end token unless ``cap`` cut it."""
         texts = [(*p.prefix, *p.prompt) for p in prompts]
-        return sample(self._whole, texts, temperature=temperature, cap=cap, end=end, seed=seed)
+        with self._narrow():
+            return sample(self._whole, texts, temperature=temperature, cap=cap, end=end, seed=seed)
+
+    def _narrow(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def encode(self, sequences: Sequence[Example]) -> None:
@@ -271,7 +278,8 @@ class SplitModel:
 
     def _encode(self, batch: Sequence[Example]) -> None:
         places = lay(batch)
-        hidden = _run(self._lower, self._embed(self._ids(places)), places, self._tables(places))
+        with self._narrow():
+            hidden = _run(self._lower, self._embed(self._ids(places)), places, self._tables(places))
         for part in places:
             kept = hidden[part.start : part.start + len(part.tokens)].clone()
             if part.is_prefix:
@@ -296,7 +304,7 @@ class SplitModel:
                 ]
             )
         elif self.upper.embed is None:
-            with torch.no_grad():
+            with torch.no_grad(), self._narrow():
                 hidden = _run(self._lower, self._embed(ids), places, rotary)
         tails = [p for p in places if not p.is_prefix]
         rows = [
@@ -320,4 +328,7 @@ class SplitModel:
     ) -> torch.Tensor:
         """Log-probabilities [answer tokens of all sequences, vocabulary], in nats."""
         head = self._head if upper.head is None else upper.head
-        return torch.log_softmax(head(upper(self.pack(sequences, keep=keep))), dim=-1)
+        packed = self.pack(sequences, keep=keep)
+        with self._narrow():
+            hidden = upper(packed)
+        return torch.log_softmax(head(hidden), dim=-1)

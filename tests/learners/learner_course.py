@@ -47,7 +47,14 @@ def load(folder: Path) -> LlamaForCausalLM:
 def split(folder: Path, config: LearnerConfig) -> SplitModel:
     """The tiny model, two layers deep, cut for a learner."""
     first, last = (round(2 * share) for share in config.layers)
-    return SplitModel(load(folder), split=first, end=last, embeddings=config.embeddings, device=CPU)
+    return SplitModel(
+        load(folder),
+        split=first,
+        end=last,
+        embeddings=config.embeddings,
+        device=CPU,
+        bf16=config.precision == "bf16",
+    )
 
 
 def small(name: str, **changes: Any) -> LearnerConfig:  # noqa: ANN401
