@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+_SHORT = 192
+"""Queries: with fewer, torch's fused attention takes longer on a processor than its parts do."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,12 @@ def attend(
 def _causal(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The last tokens of a sequence look back: [1, heads, tokens, width] each, in fp32.
-
-    At some hundred tokens torch's fused attention takes longer on a processor than its parts do.
-    """
+    """The last tokens of a sequence look back: [1, heads, tokens, width] each, in fp32."""
     size, whole = query.shape[2], key.shape[2]
     mask = torch.ones(size, whole, dtype=torch.bool, device=query.device).tril(whole - size)
+    query, key, value = query.float(), key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.float() @ key.float().transpose(2, 3) * scale
-        weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
-        return weights @ value.float()
+        if size >= _SHORT:  # which also keeps no weights of queries times keys for the gradient
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        scores = query @ key.transpose(2, 3) * scale
+        return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ value
