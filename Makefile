@@ -82,7 +82,7 @@ bench-learner: $(READY) ## Three skills in sequence, SDFT beside SFT, on the qua
 	$(OFFLINE) $(BIN)/python -m bench.learner
 
 bench-learner-full: $(READY) $(TRL) ## Five skills, three seeds, every learner and TRL (many hours; goes on where it was)
-	$(OFFLINE) $(BIN)/python -m bench.learner --full
+	$(OFFLINE) $(BIN)/python -m bench.learner --full --threads 1 --rival-steps 85
 
 bench-delta: $(READY) ## An update's bytes, seconds and memory beside general tools and a LoRA: build/bench/delta.json (25 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.delta

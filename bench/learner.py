@@ -19,7 +19,8 @@ included), what the cloud does unless told otherwise; ``sdft`` our self-distilla
 takes five skills, three seeds, more rivals and TRL.
 
     make bench-learner         # three skills, one seed: some 40 minutes on two cores
-    make bench-learner-full    # hours; what is done already is not done again
+    make bench-learner-full    # hours; what is done already is not done again. One thread, and
+                               # 85 steps for sft_anchored: run it twice at once on two cores
 
 Results go to ``--out`` after every method and seed, with machine and each request's outcome.
 Intervals are over requests, given these runs: they say nothing of how runs differ.
@@ -42,6 +43,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from bench import learner_results as results
 from bench import retention, setup, skills, trl
 from bench.learner_methods import FULL, QUICK, config_of
 from bench.learner_report import summary, table
@@ -66,9 +68,6 @@ SKILLS = ("lights", "media", skills.FACTS)
 FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
 RESULTS = Path("bench/results/learner_full.json")
 """Kept in the tree: it takes many hours, and goes on where it was."""
-STAGES = "stages.json"
-SETTINGS = ("skills", "train", "tests", "replay", "rows", "products")
-"""Of a plan, what all runs in a file of results have in common."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Sequence:
         after the last whole stage, if it is the same commit's.
         """
         made_of = self._made_of(base, ours)
-        self.result |= _whole_stages(folder, made_of)
+        self.result |= results.whole_stages(folder, made_of)
         done = len(self.result["stages"])
         if done:
             say(f"{self.method}, seed {self.seed}: going on after {done} stages in {folder}")
@@ -151,7 +150,7 @@ class Sequence:
             self.result["stages"].append(note)
             self._measure(current, stage)
             self.result["seconds"] = round(time.monotonic() - began)
-            setup.write(folder / STAGES, {"made_of": made_of, "result": self.result})
+            setup.write(folder / results.STAGES, {"made_of": made_of, "result": self.result})
             say(
                 f"{self.method}, seed {self.seed}, {material.name}: {note['steps']} steps in "
                 f"{note['learn_seconds']:.0f} s, {self.result['matrix'][-1]}"
@@ -247,20 +246,6 @@ class Sequence:
         self.result |= general(bundle, self.imported, self.plan, tell, self.method)
 
 
-def _whole_stages(folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
-    """The result of a run's stages in ``folder``; none, and an empty folder, if it was another."""
-    try:
-        kept: dict[str, Any] = json.loads((folder / STAGES).read_text())
-    except (OSError, ValueError):
-        kept = {}
-    commit = made_of["commit"]  # with a plus it says little of what was run
-    if kept.get("made_of") == made_of and commit and not commit.endswith("+"):
-        return dict(kept["result"])
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return {}
-
-
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(
@@ -322,8 +307,8 @@ def measure(
     plan: Plan, base_config: LearnerConfig, out: Path, work: Path, *, keep: bool = False
 ) -> None:
     """Run what ``out`` does not hold yet; ``keep`` the weights and files of each stage."""
-    made = _made(plan, base_config)
-    _results(out, made)
+    made = results.made(plan, base_config)
+    results.read(out, made)
     with Progress() as progress:
         bar = progress.add_task("wait for the process that has the student", total=1.0)
 
@@ -333,7 +318,7 @@ def measure(
         with setup.alone(work / "learner-student"):
             imported = setup.student(skills.harness(), work / "learner-student", tell)
         with setup.alone(out):  # who comes second waits for what the first measures of the base
-            kept = _results(out, made)
+            kept = results.read(out, made)
             base = kept.get("base") or general(imported.bundle, imported, plan, tell)
             runs: dict[str, Any] = kept.get("runs", {})
             if runs:
@@ -344,62 +329,24 @@ def measure(
                 folder = work / "learner-work" / f"{method}-{seed}"
                 tell(f"wait for the process that has {folder}", 0.0)
                 with setup.alone(folder):
-                    runs = _results(out, made).get("runs", {})
+                    runs = results.read(out, made).get("runs", {})
                     if f"{method}/{seed}" in runs:
                         continue
                     sequence = Sequence(plan, method, seed, imported)
-                    seconds = _seconds(runs.get(f"sdft/{seed}"), plan)
-                    sequence.run(folder, seconds, base_config, tell, progress.console.print)
+                    timed = method == "sft_anchored" and not plan.rival_steps
+                    ours = results.seconds(runs.get(f"sdft/{seed}"), plan) if timed else None
+                    sequence.run(folder, ours, base_config, tell, progress.console.print)
                     sequence.result |= {
                         "date": time.strftime("%Y-%m-%d"),
                         "machine": made["machine"],
                         "threads": plan.threads,
                     }
-                    runs = _store(out, made, base, {f"{method}/{seed}": sequence.result})
-                    (folder / STAGES).unlink()
+                    run = {f"{method}/{seed}": sequence.result}
+                    runs = results.store(out, made, base, run)
+                    (folder / results.STAGES).unlink()
                     if not keep:
                         shutil.rmtree(folder)
     Console().print(table(summary(runs, base), base))
-
-
-def _made(plan: Plan, base: LearnerConfig) -> dict[str, Any]:
-    """What all runs in a file of results were measured with."""
-    options = {name: getattr(plan, name) for name in SETTINGS}
-    return {"plan": options, "sdft": asdict(base), "machine": setup.machine()}
-
-
-def _store(
-    out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, Any]
-) -> dict[str, Any]:
-    """Add a run to a file of results; all that it holds, other processes' too."""
-    with setup.alone(out):
-        runs: dict[str, Any] = _results(out, made).get("runs", {}) | run
-        rows = {"methods": summary(runs, base), "base": base, "runs": runs}
-        setup.write(out, made | {"date": time.strftime("%Y-%m-%d")} | rows)
-    return runs
-
-
-def _seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:
-    """What our learner took at each stage, with as many threads."""
-    if ours is None or ours.get("threads", setup.THREADS) != plan.threads:
-        return None
-    return [stage["learn_seconds"] for stage in ours["stages"]]
-
-
-def _results(out: Path, made: dict[str, Any]) -> dict[str, Any]:
-    """What a file of results holds, nothing if there is none.
-
-    Raises:
-        InvalidInputError: it was measured with other options.
-    """
-    if not out.exists():
-        return {}
-    kept: dict[str, Any] = json.loads(out.read_text())
-    same = json.loads(json.dumps(made))
-    parts = ("plan", "sdft")
-    other = [n for part in parts for n, v in same[part].items() if kept[part].get(n) != v]
-    setup.refuse_other(out, other)
-    return kept
 
 
 if __name__ == "__main__":

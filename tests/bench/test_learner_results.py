@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bench import learner, setup
+from bench import learner_results as results
 from cloud.learners.config import LearnerConfig
 from protos.errors import InvalidInputError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 BASE: dict[str, Any] = {"retention": {"mean": 0.5}}
 PLAN = learner.Plan(methods=("sft",), skills=("lights", "media"), seeds=(0,))
-MADE = learner._made(PLAN, LearnerConfig())
+MADE = results.made(PLAN, LearnerConfig())
 
 
 def a_run() -> dict[str, Any]:
@@ -34,7 +35,7 @@ def made_of(commit: str = "abc") -> dict[str, Any]:
 def stopped(folder: Path, commit: str = "abc") -> dict[str, Any]:
     """What a run leaves that was killed in its second stage."""
     result = {"stages": [{"steps": 75}], "matrix": [[0.9]], "seconds": 60}
-    setup.write(folder / learner.STAGES, {"made_of": made_of(commit), "result": result})
+    setup.write(folder / results.STAGES, {"made_of": made_of(commit), "result": result})
     (folder / "0.safetensors").write_bytes(b"learnt")
     (folder / "1").mkdir()
     return result
@@ -42,7 +43,7 @@ def stopped(folder: Path, commit: str = "abc") -> dict[str, Any]:
 
 def test_a_stopped_run_goes_on_after_its_last_whole_stage(tmp_path: Path) -> None:
     result = stopped(tmp_path)
-    assert learner._whole_stages(tmp_path, made_of()) == result
+    assert results.whole_stages(tmp_path, made_of()) == result
     assert (tmp_path / "0.safetensors").read_bytes() == b"learnt"
 
 
@@ -53,15 +54,15 @@ def test_stages_of_another_commit_or_of_changed_files_are_done_anew(
     tmp_path: Path, kept: str, now: str
 ) -> None:
     stopped(tmp_path, kept)
-    assert learner._whole_stages(tmp_path, made_of(now)) == {}
+    assert results.whole_stages(tmp_path, made_of(now)) == {}
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"made_of": 1}'])
 def test_stages_that_cannot_be_read_are_done_anew(tmp_path: Path, text: str) -> None:
     stopped(tmp_path)
-    (tmp_path / learner.STAGES).write_text(text)
-    assert learner._whole_stages(tmp_path, made_of()) == {}
+    (tmp_path / results.STAGES).write_text(text)
+    assert results.whole_stages(tmp_path, made_of()) == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -70,7 +71,7 @@ def test_runs_that_are_stored_at_once_are_all_kept(tmp_path: Path) -> None:
     out = tmp_path / "full.json"
     runs = [f"{method}/{seed}" for method in ("sft", "lora") for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(learner._store, out, MADE, BASE, {r: a_run()}) for r in runs]:
+        for done in [pool.submit(results.store, out, MADE, BASE, {r: a_run()}) for r in runs]:
             done.result()
     kept = json.loads(out.read_text())
     assert set(kept["runs"]) == set(runs)
@@ -79,16 +80,17 @@ def test_runs_that_are_stored_at_once_are_all_kept(tmp_path: Path) -> None:
 
 def test_results_of_other_options_are_refused_and_kept(tmp_path: Path) -> None:
     out = tmp_path / "full.json"
-    learner._store(out, MADE, BASE, {"sft/0": a_run()})
+    results.store(out, MADE, BASE, {"sft/0": a_run()})
     before = out.read_bytes()
-    other = learner._made(replace(PLAN, skills=("lights",)), LearnerConfig())
+    other = results.made(replace(PLAN, skills=("lights",)), LearnerConfig())
     with pytest.raises(InvalidInputError, match=r"other skills.*--out"):
-        learner._store(out, other, BASE, {"sft/1": a_run()})
+        results.store(out, other, BASE, {"sft/1": a_run()})
     assert out.read_bytes() == before
 
 
 def test_a_rival_gets_our_seconds_only_from_a_run_with_as_many_threads() -> None:
     ours = a_run() | {"threads": PLAN.threads}
-    assert learner._seconds(ours, PLAN) == [1.0]
-    assert learner._seconds(ours | {"threads": PLAN.threads + 1}, PLAN) is None
-    assert learner._seconds(None, PLAN) is None
+    assert results.seconds(ours, PLAN) == [1.0]
+    with pytest.raises(InvalidInputError, match=r"measured with --threads 9.*--rival-steps"):
+        results.seconds(ours | {"threads": 9}, PLAN)
+    assert results.seconds(None, PLAN) is None

@@ -31,6 +31,7 @@ else:
 
 KINDS: dict[str, dict[str, Any]] = {
     "sdft": {},
+    "sft-anchored": {"precision": "bf16"},
     "sdft-paper": {"rollouts": "on-policy", "mask_truncated": False, "cap": 4, "skip": 0},
     "lora": {},
     "ewc": {},

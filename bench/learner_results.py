@@ -1,0 +1,87 @@
+"""What ``bench.learner`` has measured: kept stage by stage and run by run, for the next process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from bench import setup
+from bench.learner_report import summary
+from protos.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bench.learner import Plan
+    from cloud.learners.config import LearnerConfig
+
+STAGES = "stages.json"
+SETTINGS = ("skills", "train", "tests", "replay", "rows", "products")
+"""Of a plan, what all runs in a file of results have in common."""
+
+
+def whole_stages(folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
+    """The result of a run's stages in ``folder``; none, and an empty folder, if it was another."""
+    try:
+        kept: dict[str, Any] = json.loads((folder / STAGES).read_text())
+    except (OSError, ValueError):
+        kept = {}
+    commit = made_of["commit"]  # with a plus it says little of what was run
+    if kept.get("made_of") == made_of and commit and not commit.endswith("+"):
+        return dict(kept["result"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return {}
+
+
+def made(plan: Plan, base: LearnerConfig) -> dict[str, Any]:
+    """What all runs in a file of results were measured with."""
+    options = {name: getattr(plan, name) for name in SETTINGS}
+    return {"plan": options, "sdft": asdict(base), "machine": setup.machine()}
+
+
+def store(
+    out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """Add a run to a file of results; all that it holds, other processes' too."""
+    with setup.alone(out):
+        runs: dict[str, Any] = read(out, made).get("runs", {}) | run
+        rows = {"methods": summary(runs, base), "base": base, "runs": runs}
+        setup.write(out, made | {"date": time.strftime("%Y-%m-%d")} | rows)
+    return runs
+
+
+def seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:
+    """What our learner took at each stage, if its run is there.
+
+    Raises:
+        InvalidInputError: it had another number of threads.
+    """
+    if ours is None:
+        return None
+    if (threads := ours["threads"]) != plan.threads:
+        msg = (
+            f"sft_anchored has the time that sdft took, measured with --threads {threads}: "
+            "take as many, or give it --rival-steps"
+        )
+        raise InvalidInputError(msg)
+    return [stage["learn_seconds"] for stage in ours["stages"]]
+
+
+def read(out: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results holds, nothing if there is none.
+
+    Raises:
+        InvalidInputError: it was measured with other options.
+    """
+    if not out.exists():
+        return {}
+    kept: dict[str, Any] = json.loads(out.read_text())
+    same = json.loads(json.dumps(made))
+    parts = ("plan", "sdft")
+    other = [n for part in parts for n, v in same[part].items() if kept[part].get(n) != v]
+    setup.refuse_other(out, other)
+    return kept
