@@ -215,6 +215,7 @@ class Sequence:
             seed=self.seed,
             teacher="given",
             threads=self.plan.threads,
+            bf16=setup.bf16(),
         )
         save = folder / f"trl-{stage}"
         note = trl.learn(run, self.materials[stage].train, folder, save=save)

@@ -1,13 +1,15 @@
 """What a step of learning costs: ours, supervised fine-tuning, and TRL's ``SDFTTrainer``.
 
 Twenty steps each, one method after another in processes of their own (so that peak memory is each
-method's), on the same home commands, eight a step, with no anchors and no replay, in fp32:
+method's), on the same home commands, eight a step, with no anchors and no replay; products in
+bfloat16, TRL's too, where the processor multiplies it by itself (``bf16`` in the results):
 
 - sdft: our self-distillation. Its step_seconds are the median step and, on top, its share of what
   was scored before the first step (the teacher's word on every lesson, the default number of steps
   sharing);
 - sft: cross-entropy on the same batches and layers;
-- sdft_with_anchors: the same with its anchors;
+- sdft_fp32, sft_fp32: the same in fp32;
+- sdft_with_anchors: sdft with its anchors;
 - sdft_paper: the paper's recipe by our code (all layers and embeddings, averaged teacher, sampled
   answers of at most 40 tokens, full vocabulary);
 - trl: the paper's recipe by TRL, in an environment of its own (``bench/peers/trl_sdft.py``).
@@ -47,6 +49,8 @@ ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", ALONE),
     "sdft": ("sdft", ALONE),
+    "sft_fp32": ("sft", ALONE | {"precision": "fp32"}),
+    "sdft_fp32": ("sdft", ALONE | {"precision": "fp32"}),
     "sdft_with_anchors": ("sdft", {}),
     "sdft_paper": ("sdft-paper", {"cap": CAP, "mask_truncated": False}),
 }
@@ -89,6 +93,7 @@ def peer(student: Path, folder: Path) -> dict[str, Any]:
         steps=STEPS,
         batch=BATCH,
         cap=CAP,
+        bf16=setup.bf16(),
     )
     note = trl.learn(run, skills.material("lights", 0, train=LESSONS, tests=1).train, folder)
     return {
@@ -133,6 +138,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     note = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": setup.machine(),
+        "bf16": setup.bf16(),
         "steps": STEPS,
         "batch": BATCH,
         "seeds": [0],
@@ -140,6 +146,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             "sdft_to_sft": _ratio(methods, "sdft", "sft"),
             "trl_to_sdft": _ratio(methods, "trl", "sdft"),
             "trl_to_sdft_paper": _ratio(methods, "trl", "sdft_paper"),
+            "fp32_to_sdft": _ratio(methods, "sdft_fp32", "sdft"),
         },
         "methods": methods,
     }

@@ -25,6 +25,7 @@ from cloud.gate.gate import base_kl
 from cloud.learners import prompts
 from cloud.learners.config import LearnerConfig
 from cloud.learners.course import Control
+from cloud.learners.precision import narrow
 from cloud.students import importer
 from cloud.students import source as sources
 from edge.student.runtime import Student
@@ -94,6 +95,11 @@ def drift(imported: Imported, candidate: Student, threads: int = THREADS) -> flo
     kl = base_kl(base, candidate, [(p, said[p]) for p in prompts.GATE])
     base.close()
     return kl
+
+
+def bf16() -> bool:
+    """Whether our learners multiply in bfloat16 here: their peers do it then, too."""
+    return narrow(LearnerConfig().precision, torch.device("cpu"))
 
 
 def train(

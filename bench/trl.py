@@ -26,6 +26,7 @@ class Run:
 
     ``model`` is a Hugging Face folder in fp32, ``tokenizer`` a ``tokenizer.json``; ``teacher`` is
     the paper's prompt, or ``given``: the demonstration as two turns of the chat, as ours sees it.
+    With ``bf16`` it computes in mixed precision, weights in fp32.
     """
 
     model: Path
@@ -37,6 +38,7 @@ class Run:
     seed: int = 0
     teacher: str = "paper"
     threads: int = 2
+    bf16: bool = False
 
 
 def learn(
@@ -82,6 +84,7 @@ def learn(
     }
     words = [str(word) for pair in given.items() for word in pair]
     words += ["--save", str(save)] if save else []
+    words += ["--bf16"] if run.bf16 else []
     ended = subprocess.run(
         [str(PYTHON), str(_SCRIPT), *words], capture_output=True, text=True, check=False
     )

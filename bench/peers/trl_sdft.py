@@ -19,7 +19,8 @@ What is set, because TRL's defaults are not the paper's (arXiv 2601.19897 and it
 ``teacher_model_kind="ema"``   and rate 0.01 after every step; TRL's default is a frozen teacher
 ``num_generations=1``          one answer a prompt, temperature 1, nothing cut from the tail
 ``max_prompt_length=None``     TRL cuts prompts at 512 tokens from the left, and does not say so
-``bf16=False``                 fp32 throughout; TRL's default computes in bfloat16
+``bf16=False``                 fp32 throughout, but for ``--bf16``, which is TRL's default: products
+                               in bfloat16, weights in fp32
 no activation checkpointing    TRL's default saves memory and costs time
 accumulation 1                 a step is one optimizer step on ``--batch`` new prompts
 AdamW, cosine, clip 1.0        warm-up 10 steps from 0, so the first step changes nothing
@@ -70,7 +71,7 @@ TEMPLATES = {
 }
 ONE_STEP = {"gradient_accumulation_steps": 1, "steps_per_generation": 1, "num_iterations": 1}
 SAMPLING = {"num_generations": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-PLAIN_CPU = {"use_cpu": True, "bf16": False, "activation_checkpointing": False}
+PLAIN_CPU = {"use_cpu": True, "activation_checkpointing": False}
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers")
 
@@ -125,6 +126,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "warmup_steps": options.warmup,
         "max_grad_norm": 1.0,
         "model_init_kwargs": {"dtype": "float32"},
+        "bf16": options.bf16,
         "seed": options.seed,
     }
     return ONE_STEP | SAMPLING | PLAIN_CPU | recipe
@@ -222,6 +224,7 @@ def main() -> None:
     add("--max-completion", type=int, default=40, help="tokens of a rollout (default: %(default)s)")
     add("--skip-tokens", type=int, default=0, help="an answer's first tokens without loss")
     add("--seed", type=int, default=0, help="of order and rollouts (default: %(default)s)")
+    add("--bf16", action="store_true", help="mixed precision: products in bfloat16")
     add("--threads", type=int, default=2, help="of torch (default: %(default)s)")
     add("--out", type=Path, required=True, help="JSON file to write")
     add("--save", type=Path, help="folder for the learnt weights, as safetensors")
