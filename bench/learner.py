@@ -84,7 +84,7 @@ class Plan:
     seeds: tuple[int, ...]
     train: int = 120
     tests: int = 100
-    replay: int = 96
+    replay: int = 300
     rows: int = retention.ROWS
     rival_steps: int = 0
     products: bool = False

@@ -36,7 +36,8 @@ log = logging.getLogger("anabranch.jobs")
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
-_REPLAY = 96
+_REPLAY = 300
+"""As many as a job of the default length draws: what is not replayed of facts is forgotten."""
 _NEVER_MS = 1 << 62
 
 
