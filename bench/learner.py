@@ -15,8 +15,8 @@ written on the frozen scales. What is measured is the quantized ONNX student of 
 
 Methods: ``sft`` is plain supervised fine-tuning of the same layers for as many steps as ours;
 ``sft_anchored`` the same with our anchors and replay, and our seconds at every stage (teacher's
-included), what the cloud does unless told otherwise; ``sdft`` our self-distillation. ``--full``
-takes five skills, three seeds, more rivals and TRL.
+included) or ``--rival-steps``, what the cloud does unless told otherwise; ``sdft`` our
+self-distillation. ``--full`` takes five skills, three seeds, more rivals and TRL.
 
     make bench-learner         # three skills, one seed: some 40 minutes on two cores
     make bench-learner-full    # hours; what is done already is not done again. One thread, and
@@ -36,6 +36,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ class Sequence:
             before, in_service = learnt, current
             if self.method == "trl":
                 tell(name, 0.0)
-                state, note = self._peer(stage, folder, base.steps, base.batch)
+                state, note = self._peer(stage, folder, base)
             else:
                 config = config_of(
                     self.method,
@@ -200,29 +201,28 @@ class Sequence:
             threads=self.plan.threads,
         )
 
-    def _peer(
-        self, stage: int, folder: Path, steps: int, batch: int
-    ) -> tuple[State, dict[str, Any]]:
+    def _peer(self, stage: int, folder: Path, base: LearnerConfig) -> tuple[State, dict[str, Any]]:
         """A stage by TRL: the paper's recipe, but the teacher sees turns (prose it cannot read)."""
         before = self.imported.masters if not stage else folder / f"trl-{stage - 1}"
         run = trl.Run(
             model=before,
             tokenizer=self.imported.bundle / "tokenizer.json",
             system=skills.SYSTEM,
-            steps=steps,
-            batch=batch,
+            steps=base.steps,
+            batch=base.batch,
             cap=skills.harness().max_tokens,
             seed=self.seed,
             teacher="given",
             threads=self.plan.threads,
-            bf16=setup.bf16(),
+            bf16=base.precision == "bf16",
         )
         save = folder / f"trl-{stage}"
         note = trl.learn(run, self.materials[stage].train, folder, save=save)
         state = load_file(save / "model.safetensors")
         return state, {
-            "steps": steps,
+            "steps": base.steps,
             "method": "trl",
+            "precision": base.precision,
             "learn_seconds": note["train_seconds"],
             "step_seconds": note["median_step_seconds"],
             "losses": setup.tenths(note["losses"]),
@@ -325,18 +325,20 @@ def measure(
             if runs:
                 progress.console.print(setup.kept(out, runs.values()))
             setup.write(out, made | kept | {"base": base, "runs": runs})
-        for seed in plan.seeds:
-            for method in plan.methods:
+        for wait in (False, True):  # first what no other process is at
+            for seed, method in product(plan.seeds, plan.methods):
                 folder = work / "learner-work" / f"{method}-{seed}"
-                tell(f"wait for the process that has {folder}", 0.0)
-                with setup.alone(folder):
+                timed = method == "sft_anchored" and not plan.rival_steps
+                if wait:
+                    tell(f"wait for the process that has {folder}", 0.0)
+                with setup.alone(folder, wait=wait) as mine:
                     runs = results.read(out, made).get("runs", {})
-                    if f"{method}/{seed}" in runs:
+                    ours = runs.get(f"sdft/{seed}") if timed else None
+                    if f"{method}/{seed}" in runs or not mine or (timed and not ours and not wait):
                         continue
                     sequence = Sequence(plan, method, seed, imported)
-                    timed = method == "sft_anchored" and not plan.rival_steps
-                    ours = results.seconds(runs.get(f"sdft/{seed}"), plan) if timed else None
-                    sequence.run(folder, ours, base_config, tell, progress.console.print)
+                    seconds = results.seconds(ours, plan)
+                    sequence.run(folder, seconds, base_config, tell, progress.console.print)
                     sequence.result |= {
                         "date": time.strftime("%Y-%m-%d"),
                         "machine": made["machine"],
@@ -347,6 +349,7 @@ def measure(
                     (folder / results.STAGES).unlink()
                     if not keep:
                         shutil.rmtree(folder)
+    runs = results.read(out, made)["runs"]
     Console().print(table(summary(runs, base), base))
 
 

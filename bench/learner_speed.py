@@ -8,7 +8,7 @@ bfloat16, TRL's too, where the processor multiplies it by itself (``bf16`` in th
   was scored before the first step (the teacher's word on every lesson, the default number of steps
   sharing);
 - sft: cross-entropy on the same batches and layers;
-- sdft_fp32, sft_fp32: the same in fp32;
+- sdft_fp32, sft_fp32, trl_fp32: the same in fp32;
 - sdft_with_anchors: sdft with its anchors;
 - sdft_paper: the paper's recipe by our code (all layers and embeddings, averaged teacher, sampled
   answers of at most 40 tokens, full vocabulary);
@@ -54,12 +54,13 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdft_with_anchors": ("sdft", {}),
     "sdft_paper": ("sdft-paper", {"cap": CAP, "mask_truncated": False}),
 }
+PEERS = ("trl", "trl_fp32")
 
 
 def spec(method: str, imported: Imported) -> adapt.Spec:
     """The job that is timed."""
     name, changes = OURS[method]
-    config = LearnerConfig.named(name, steps=STEPS, batch=BATCH, **changes)
+    config = setup.here(LearnerConfig.named(name, steps=STEPS, batch=BATCH, **changes))
     taught = skills.material("lights", 0, train=LESSONS, tests=1)
     return setup.spec(imported, taught, config)
 
@@ -79,7 +80,7 @@ def ours(method: str, student: Path) -> dict[str, Any]:
     }
 
 
-def peer(student: Path, folder: Path) -> dict[str, Any]:
+def peer(student: Path, folder: Path, *, bf16: bool) -> dict[str, Any]:
     """Time TRL.
 
     Raises:
@@ -93,7 +94,7 @@ def peer(student: Path, folder: Path) -> dict[str, Any]:
         steps=STEPS,
         batch=BATCH,
         cap=CAP,
-        bf16=setup.bf16(),
+        bf16=bf16,
     )
     note = trl.learn(run, skills.material("lights", 0, train=LESSONS, tests=1).train, folder)
     return {
@@ -117,11 +118,12 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         lambda p, part: progress.update(bar, description=p, completed=part),
     )
     methods: dict[str, Any] = {}
-    for number, method in enumerate((*OURS, "trl")):
-        share = number / (len(OURS) + 1)
+    bf16 = setup.here(LearnerConfig()).precision == "bf16"
+    for number, method in enumerate((*OURS, *PEERS)):
+        share = number / len((*OURS, *PEERS))
         progress.update(bar, description=f"{method}: {STEPS} steps", completed=share)
-        if method == "trl":
-            methods[method] = peer(student, folder)
+        if method in PEERS:
+            methods[method] = peer(student, folder, bf16=bf16 and method == "trl")
             continue
         ended = subprocess.run(
             [sys.executable, "-m", "bench.learner_speed", "--one", method, "--out", options.out],
@@ -138,7 +140,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     note = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": setup.machine(),
-        "bf16": setup.bf16(),
+        "bf16": bf16,
         "steps": STEPS,
         "batch": BATCH,
         "seeds": [0],

@@ -84,7 +84,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Train one recipe; a row for each way to ship it."""
     taught = skills.material(SKILL, 0, train=DEMONSTRATIONS, tests=TESTS)
-    spec = setup.spec(imported, taught, LearnerConfig.named(DEFAULT, **recipe.changes))
+    learner = setup.here(LearnerConfig.named(DEFAULT, **recipe.changes))
+    spec = setup.spec(imported, taught, learner)
     learnt, note = setup.train(spec, partial(tell, recipe.name))
     made_by = {
         "options": asdict(recipe),
@@ -183,7 +184,7 @@ def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
         "skill": SKILL,
         "tests": TESTS,
         "demonstrations": DEMONSTRATIONS,
-        "default": asdict(LearnerConfig.named(DEFAULT)),
+        "default": asdict(setup.here(LearnerConfig.named(DEFAULT))),
     }
     same = json.loads(json.dumps(note))
     rows: list[dict[str, Any]] = kept.get("recipes", [])

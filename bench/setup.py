@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -97,9 +97,10 @@ def drift(imported: Imported, candidate: Student, threads: int = THREADS) -> flo
     return kl
 
 
-def bf16() -> bool:
-    """Whether our learners multiply in bfloat16 here: their peers do it then, too."""
-    return narrow(LearnerConfig().precision, torch.device("cpu"))
+def here(config: LearnerConfig) -> LearnerConfig:
+    """Options with the precision that they come to on this machine: results name it."""
+    bf16 = narrow(config.precision, torch.device("cpu"))
+    return replace(config, precision="bf16" if bf16 else "fp32")
 
 
 def train(
@@ -147,7 +148,7 @@ def tenths(values: Sequence[float]) -> list[float]:
 
 
 def options(pairs: list[str]) -> LearnerConfig:
-    """Our learner's options with ``name=value`` changes (values as JSON, or plain words).
+    """Our learner's options :func:`here`, with ``name=value`` changes (JSON, or plain words).
 
     Raises:
         InvalidInputError: no such option, or a value that it cannot take.
@@ -165,7 +166,7 @@ def options(pairs: list[str]) -> LearnerConfig:
             given[name] = value
         if isinstance(given[name], list):
             given[name] = tuple(given[name])
-    return LearnerConfig.named("sdft", **given)
+    return here(LearnerConfig.named("sdft", **given))
 
 
 def machine() -> dict[str, Any]:
@@ -224,12 +225,19 @@ def kept(out: Path, results: Collection[dict[str, Any]]) -> str:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process at a time with a file of results, or with a folder."""
+def alone(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """One process at a time with a file of results, or with a folder.
+
+    True, or at once False where another process has it and there is no ``wait``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        mine = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        yield mine
 
 
 def write(path: Path, note: dict[str, Any]) -> None:

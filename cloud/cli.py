@@ -135,6 +135,9 @@ def cloud(
     budget: Annotated[
         float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")
     ] = 0,
+    precision: Annotated[
+        str, typer.Option(help="Of products: fp32, bf16, or auto: bf16 where the processor has it.")
+    ] = "auto",
     min_new: Annotated[
         float, typer.Option(min=0, max=1, help="Share of held-out corrections to answer exactly.")
     ] = 0.5,
@@ -192,7 +195,9 @@ def cloud(
     rate = {} if learning_rate is None else {"learning_rate": learning_rate}
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
-        learner=LearnerConfig.named(learner, steps=steps, budget_seconds=budget, **rate),
+        learner=LearnerConfig.named(
+            learner, steps=steps, budget_seconds=budget, precision=precision, **rate
+        ),
         gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
         threads=threads,
         delta_share=delta_share,

@@ -7,13 +7,14 @@ differ in their options only (:data:`cloud.learners.config.PRESETS`).
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cloud.learners import worth
 from cloud.learners.checkpoint import Checkpoints, key_of
 from cloud.learners.course import Outcome
 from cloud.learners.objectives import Objective, Sdft, Sft
-from cloud.learners.precision import quick_products
+from cloud.learners.precision import fp32_products
 from cloud.learners.scoring import score_all
 from cloud.learners.training import Training
 from protos.errors import TrainingError
@@ -60,8 +61,9 @@ def learn(
     if not course.lessons:
         msg = "nothing to learn: there is no demonstration"
         raise TrainingError(msg)
-    with quick_products(allowed=model.bf16):
-        return _learn(model, course, config, control, end=end, learnt=learnt or {})
+    with fp32_products("bf16" if model.bf16 else "ieee"):
+        outcome = _learn(model, course, config, control, end=end, learnt=learnt or {})
+    return replace(outcome, parameters=model.learnt())  # adapters are merged without rounding
 
 
 def _learn(
@@ -74,7 +76,9 @@ def _learn(
     learnt: Mapping[str, torch.Tensor],
 ) -> Outcome:
     began = control.clock()
-    files = Checkpoints(control.folder, key_of((course, config), model.weights(), learnt))
+    files = Checkpoints(
+        control.folder, key_of((course, config, model.bf16), model.weights(), learnt)
+    )
     scores, imported = score_all(model, course, config, control, files, learnt)
     measured = _worth(course, scores)
     method = _method(config, measured)
@@ -100,7 +104,7 @@ def _learn(
     scoring = control.clock() - began
     stopped = training.run(method, scoring)
     return Outcome(
-        model.learnt(),
+        {},
         method,
         "bf16" if model.bf16 else "fp32",
         training.step,

@@ -17,6 +17,7 @@ from torch import nn
 
 from cloud.learners.lora import LoraLinear, adapt
 from cloud.learners.packing import attend, lay, prefixes
+from cloud.learners.precision import fp32_products
 from cloud.learners.sampling import sample
 from protos.errors import TrainingError
 
@@ -126,7 +127,8 @@ class SplitModel:
         embeddings: embeddings and head learn as well; then ``split`` is 0.
         held_embeddings: they were learnt before: they belong to the upper layers, but learn no
             more unless ``embeddings``; ``split`` is 0 then, too.
-        bf16: products of layers are in bfloat16; logits and what is kept are fp32.
+        bf16: products of layers are in bfloat16; logits that are learnt from, and what is kept, are
+            fp32.
     """
 
     def __init__(
@@ -239,7 +241,7 @@ class SplitModel:
     ) -> list[tuple[int, ...]]:
         """One sampled answer to each prompt, with its end token unless ``cap`` cut it."""
         texts = [(*p.prefix, *p.prompt) for p in prompts]
-        with self._narrow():
+        with self._narrow(), fp32_products("ieee"):
             return sample(self._whole, texts, temperature=temperature, cap=cap, end=end, seed=seed)
 
     def _narrow(self) -> torch.autocast:
@@ -320,7 +322,8 @@ class SplitModel:
     def _tables(self, places: Sequence[Place]) -> tuple[torch.Tensor, torch.Tensor]:
         positions = [len(p.prefix) + i for p in places for i in range(len(p.tokens))]
         like = self._head.weight[:1]
-        cos, sin = self._rotary(like, torch.tensor([positions], device=self.device))
+        with fp32_products("ieee"):  # angles come from a product, and may not be rounded
+            cos, sin = self._rotary(like, torch.tensor([positions], device=self.device))
         return cos[0], sin[0]
 
     def log_probs(

@@ -16,8 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SHORT = 192
-"""Queries: with fewer, torch's fused attention takes longer on a processor than its parts do."""
+_PAIRS = 2**15
+"""Of queries and keys: for fewer, torch's fused attention takes longer on a processor than its
+parts do. For more, weights of all pairs would be kept for the gradient."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _causal(
     mask = torch.ones(size, whole, dtype=torch.bool, device=query.device).tril(whole - size)
     query, key, value = query.float(), key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
-        if size >= _SHORT:  # which also keeps no weights of queries times keys for the gradient
+        if size * whole >= _PAIRS or query.device.type != "cpu":
             return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         scores = query @ key.transpose(2, 3) * scale
         return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ value

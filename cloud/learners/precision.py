@@ -7,7 +7,7 @@ them, and stay as they are in memory, in the optimizer and in checkpoints.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -32,17 +32,16 @@ def narrow(precision: Precision, device: torch.device) -> bool:
 
 
 @contextmanager
-def quick_products(*, allowed: bool) -> Iterator[None]:
-    """Let torch choose how products of fp32 tensors are made, where ``allowed``.
+def fp32_products(how: Literal["ieee", "bf16"]) -> Iterator[None]:
+    """How torch multiplies fp32 tensors on a processor, until the context ends.
 
-    What stays in fp32 beside bfloat16 (attention, the head) is multiplied by oneDNN then, which may
-    round factors where the processor gains by it; sums and results are fp32. The setting is torch's
-    own, of the whole process, and is put back.
+    With ``bf16`` oneDNN does it, which may round factors where the processor gains by it (sums and
+    results stay fp32); ``ieee`` rounds nothing. The setting is torch's own, of the whole process.
     """
-    before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("medium")
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch gives no types
+    before = setting.fp32_precision
+    setting.fp32_precision = how
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setting.fp32_precision = before

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from bench import learner, setup
 from bench import learner_results as results
@@ -94,3 +95,26 @@ def test_a_rival_gets_our_seconds_only_from_a_run_with_as_many_threads() -> None
     with pytest.raises(InvalidInputError, match=r"measured with --threads 9.*--rival-steps"):
         results.seconds(ours | {"threads": 9}, PLAN)
     assert results.seconds(None, PLAN) is None
+
+
+def test_who_does_not_wait_is_told_at_once_that_another_has_it(tmp_path: Path) -> None:
+    folder = tmp_path / "sft-0"
+    with setup.alone(folder, wait=False) as first, setup.alone(folder, wait=False) as second:
+        assert (first, second) == (True, False)
+    with setup.alone(folder, wait=False) as third:
+        assert third
+
+
+@pytest.mark.parametrize(("able", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_results_name_the_precision_that_the_machine_has(
+    able: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    made = results.made(PLAN, setup.options([]))
+    assert made["sdft"]["precision"] == expected
+    out = tmp_path / "full.json"
+    results.store(out, made, BASE, {"sft/0": a_run()})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not able})
+    with pytest.raises(InvalidInputError, match="other precision"):
+        results.read(out, results.made(PLAN, setup.options([])))
+    results.read(out, results.made(PLAN, setup.options([f"precision={expected}"])))

@@ -28,6 +28,7 @@ from protos.errors import TrainingError
 from protos.prompt import Message, Shown, chat
 
 if TYPE_CHECKING:
+    from cloud.learners.config import Precision
     from tests.jobs.jobs_evidence import shown, spec
 else:
     from jobs_evidence import shown, spec
@@ -133,10 +134,15 @@ def test_a_job_that_no_candidate_passes_is_refused_and_says_what_the_last_one_la
 
 
 def test_the_same_spec_gives_the_same_student(tiny_student: Path, tmp_path: Path) -> None:
-    real(tiny_student, tmp_path / "a")
-    real(tiny_student, tmp_path / "b")
-    one, two = (adapt.run(tmp_path / name) for name in "ab")
-    assert one["student"] == two["student"]
+    students = []
+    precisions: list[Precision] = ["fp32", "fp32", "bf16", "bf16"]
+    for number, precision in enumerate(precisions):
+        job = tmp_path / str(number)
+        real(tiny_student, job, learner=replace(FAR, precision=precision))
+        result = adapt.run(job)
+        assert result["precision"] == precision
+        students.append(result["student"])
+    assert students[0] == students[1] != students[2] == students[3]
 
 
 def test_learning_goes_on_from_what_was_learnt_before(tiny_student: Path, tmp_path: Path) -> None:

@@ -43,7 +43,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all layers": {"layers": (0.0, 1.0)},
     "rank": {"rank": 2},
     "bf16": {"precision": "bf16"},
-    "bf16 samples": {"precision": "bf16", "rollouts": "on-policy", "hint": (0.0, 0.0)},
+    "bf16 samples": {
+        "precision": "bf16",
+        "rollouts": "on-policy",
+        "mask_truncated": False,
+        "hint": (0.0, 0.0),
+    },
 }
 every_learner = pytest.mark.parametrize("name", PRESETS)
 every_kind = pytest.mark.parametrize("kind", [*PRESETS, *VARIANTS])
