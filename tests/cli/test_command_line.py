@@ -39,6 +39,7 @@ COMMANDS = {
             "--steps",
             "--learning-rate",
             "--budget",
+            "--precision",
             "--delta-share",
             "--min-new",
             "--max-base-kl",
