@@ -329,6 +329,8 @@ def measure(
             for seed, method in product(plan.seeds, plan.methods):
                 folder = work / "learner-work" / f"{method}-{seed}"
                 timed = method == "sft_anchored" and not plan.rival_steps
+                if f"{method}/{seed}" in results.read(out, made).get("runs", {}):
+                    continue
                 if wait:
                     tell(f"wait for the process that has {folder}", 0.0)
                 with setup.alone(folder, wait=wait) as mine:
