@@ -49,6 +49,7 @@ from bench import retention, setup, skills, trl
 from bench.learner_methods import FULL, QUICK, config_of
 from bench.learner_report import summary, table
 from bench.outcomes import answered, general
+from cloud.jobs import REPLAY
 from cloud.students.candidates import DELTA_SHARE, Work, candidates
 from edge.student.runtime import Student
 from protos.errors import AnabranchError
@@ -85,7 +86,7 @@ class Plan:
     seeds: tuple[int, ...]
     train: int = 120
     tests: int = 100
-    replay: int = 300
+    replay: int = REPLAY
     rows: int = retention.ROWS
     rival_steps: int = 0
     products: bool = False
@@ -327,16 +328,16 @@ def measure(
             setup.write(out, made | kept | {"base": base, "runs": runs})
         for wait in (False, True):  # first what no other process is at
             for seed, method in product(plan.seeds, plan.methods):
-                folder = work / "learner-work" / f"{method}-{seed}"
-                timed = method == "sft_anchored" and not plan.rival_steps
-                if f"{method}/{seed}" in results.read(out, made).get("runs", {}):
+                name, folder = f"{method}/{seed}", work / "learner-work" / f"{method}-{seed}"
+                if name in results.read(out, made).get("runs", {}):
                     continue
                 if wait:
                     tell(f"wait for the process that has {folder}", 0.0)
                 with setup.alone(folder, wait=wait) as mine:
                     runs = results.read(out, made).get("runs", {})
+                    timed = method == "sft_anchored" and not plan.rival_steps
                     ours = runs.get(f"sdft/{seed}") if timed else None
-                    if f"{method}/{seed}" in runs or not mine or (timed and not ours and not wait):
+                    if name in runs or not mine or (timed and not ours and not wait):
                         continue
                     sequence = Sequence(plan, method, seed, imported)
                     seconds = results.seconds(ours, plan)
@@ -346,8 +347,7 @@ def measure(
                         "machine": made["machine"],
                         "threads": plan.threads,
                     }
-                    run = {f"{method}/{seed}": sequence.result}
-                    runs = results.store(out, made, base, run)
+                    results.store(out, made, base, {name: sequence.result})
                     (folder / results.STAGES).unlink()
                     if not keep:
                         shutil.rmtree(folder)

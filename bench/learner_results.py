@@ -43,15 +43,12 @@ def made(plan: Plan, base: LearnerConfig) -> dict[str, Any]:
     return {"plan": options, "sdft": asdict(base), "machine": setup.machine()}
 
 
-def store(
-    out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, Any]
-) -> dict[str, Any]:
+def store(out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, Any]) -> None:
     """Add a run to a file of results; all that it holds, other processes' too."""
     with setup.alone(out):
         runs: dict[str, Any] = read(out, made).get("runs", {}) | run
         rows = {"methods": summary(runs, base), "base": base, "runs": runs}
         setup.write(out, made | {"date": time.strftime("%Y-%m-%d")} | rows)
-    return runs
 
 
 def seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:

@@ -36,7 +36,7 @@ log = logging.getLogger("anabranch.jobs")
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
-_REPLAY = 300
+REPLAY = 300
 """As many as a job of the default length draws: what is not replayed of facts is forgotten."""
 _NEVER_MS = 1 << 62
 
@@ -266,7 +266,7 @@ def split(
 
 
 def sample(
-    demonstrations: Sequence[device_pb2.Demonstration], count: int = _REPLAY
+    demonstrations: Sequence[device_pb2.Demonstration], count: int = REPLAY
 ) -> list[device_pb2.Demonstration]:
     """At most ``count``, by the fixed shuffle."""
     return sorted(demonstrations, key=lambda d: order(d.id))[:count]

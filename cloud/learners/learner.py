@@ -7,7 +7,6 @@ differ in their options only (:data:`cloud.learners.config.PRESETS`).
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cloud.learners import worth
@@ -62,8 +61,7 @@ def learn(
         msg = "nothing to learn: there is no demonstration"
         raise TrainingError(msg)
     with fp32_products("bf16" if model.bf16 else "ieee"):
-        outcome = _learn(model, course, config, control, end=end, learnt=learnt or {})
-    return replace(outcome, parameters=model.learnt())  # adapters are merged without rounding
+        return _learn(model, course, config, control, end=end, learnt=learnt or {})
 
 
 def _learn(
@@ -104,7 +102,7 @@ def _learn(
     scoring = control.clock() - began
     stopped = training.run(method, scoring)
     return Outcome(
-        {},
+        model.learnt(),
         method,
         "bf16" if model.bf16 else "fp32",
         training.step,

@@ -212,11 +212,12 @@ class SplitModel:
         """What learning may have changed, by name in the whole model, adapters merged."""
         if not self._rank:
             return {self._name(name): p.detach() for name, p in self.trainable().items()}
-        return {
-            self._name(f"{name}.weight"): module.merged()
-            for name, module in self.upper.named_modules()
-            if isinstance(module, LoraLinear)
-        }
+        with fp32_products("ieee"):  # adapters are merged without rounding
+            return {
+                self._name(f"{name}.weight"): module.merged()
+                for name, module in self.upper.named_modules()
+                if isinstance(module, LoraLinear)
+            }
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The upper layers' parameters as they are, by name in the whole model."""

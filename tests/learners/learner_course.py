@@ -25,6 +25,11 @@ OTHERS = [Example((8, 9), (30, 31), (40, 41, END)), Example((), (50, 51, 52), (6
 EXAMPLES = LESSONS + OTHERS
 
 
+def long(tokens: int) -> Example:
+    """So many tokens behind a system prompt: with 200, more pairs than attention writes out."""
+    return Example((5, 6, 7), tuple(3 + i * 7 % 190 for i in range(tokens)), (20, 21, END))
+
+
 def lesson(e: Example) -> Lesson:
     """Shown once before it is asked."""
     return Lesson(e, Example(e.prefix, (*e.prompt, *e.answer, *e.prompt), e.answer))

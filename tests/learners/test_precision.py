@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from cloud.learners.config import LearnerConfig
-from cloud.learners.packing import Example
 from cloud.learners.precision import fp32_products, narrow
 from cloud.learners.targets import score
 from protos.errors import TrainingError
@@ -19,11 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from tests.learners.learner_course import CPU, EXAMPLES, load, run, small, split
+    from tests.learners.learner_course import CPU, EXAMPLES, load, long, run, small, split
 else:
-    from learner_course import CPU, EXAMPLES, load, run, small, split
-
-LONG = Example((5, 6, 7), tuple(3 + i * 7 % 190 for i in range(200)), (20, 21, 2))
+    from learner_course import CPU, EXAMPLES, load, long, run, small, split
 
 
 def setting() -> str:
@@ -116,7 +113,7 @@ def test_gradients_of_bf16_are_fp32_and_point_where_those_of_fp32_do(
             p.requires_grad_()
         # What was scored before, without gradients, leaves no cast of a weight behind.
         list(score(model, model.upper, EXAMPLES, tokens=99))
-        log_probs = model.log_probs(model.upper, [*EXAMPLES, LONG])
+        log_probs = model.log_probs(model.upper, [*EXAMPLES, long(200)])
         torch.autograd.backward(-log_probs[:, 20].sum())
         return [p.grad for p in parameters if p.grad is not None]
 

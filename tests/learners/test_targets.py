@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
     from cloud.learners.config import Divergence
-    from tests.learners.learner_course import EXAMPLES, load, split
+    from tests.learners.learner_course import EXAMPLES, load, long, split
 else:
-    from learner_course import EXAMPLES, load, split
+    from learner_course import EXAMPLES, load, long, split
 
 
 def whole_log_probs(whole: LlamaForCausalLM, e: Example) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_packed_sequences_give_the_whole_models_log_probabilities(
 _TOKENS = st.lists(st.integers(3, 199), min_size=1, max_size=12).map(tuple)
 _PREFIXES = st.sampled_from([(), (5, 6, 7), (8,)])
 _SEQUENCES = st.lists(st.builds(Example, _PREFIXES, _TOKENS, _TOKENS), min_size=1, max_size=6)
-_LONG = [Example((5, 6, 7), tuple(3 + i * 7 % 190 for i in range(n)), (9, 10)) for n in (150, 200)]
+_LONG = [long(150), long(200)]
 _APART = [Example(prefix, (9,), (10, 11)) for prefix in ((5, 6, 7), (8,), (), (5, 6, 7))]
 
 
