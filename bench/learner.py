@@ -340,7 +340,7 @@ def measure(
                     if name in runs or not mine or (timed and not ours and not wait):
                         continue
                     sequence = Sequence(plan, method, seed, imported)
-                    seconds = results.seconds(ours, plan)
+                    seconds = results.seconds(ours, plan, base_config.precision)
                     sequence.run(folder, seconds, base_config, tell, progress.console.print)
                     sequence.result |= {
                         "date": time.strftime("%Y-%m-%d"),

@@ -49,6 +49,7 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
             **mean,
             "matrix": first["matrix"],
             "seeds": list(done),
+            "precision": sorted({s["precision"] for r in done.values() for s in r["stages"]}),
             "learnt_by": learnt_by,  # sdft falls back to sft where its teacher is no better
         }
         rival = {s: r for s, r in done.items() if f"sdft/{s}" in runs}
@@ -73,8 +74,10 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
 
 def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
     """For people."""
-    made = Table("method", "average", "BWT", "base KL", "retention drop", "human", "sdft's lead")
-    made.add_row("(base)", "", "", "0", "0", f"{base['human']:.3f}", "average; human")
+    made = Table(
+        "method", "average", "BWT", "base KL", "retention drop", "human", "sdft's lead", "in"
+    )
+    made.add_row("(base)", "", "", "0", "0", f"{base['human']:.3f}", "average; human", "")
     for name, m in methods.items():
         leads = [m[k] for k in ("sdft_lead_95", "sdft_human_lead_95") if k in m]
         made.add_row(
@@ -85,5 +88,6 @@ def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
             f"{m['retention_drop']:+.4f}",
             f"{m['human']:.3f}",
             "; ".join(f"{low:+.3f} to {high:+.3f}" for low, high in leads),
+            ", ".join(m["precision"]),
         )
     return made

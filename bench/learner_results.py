@@ -38,9 +38,15 @@ def whole_stages(folder: Path, made_of: dict[str, Any]) -> dict[str, Any]:
 
 
 def made(plan: Plan, base: LearnerConfig) -> dict[str, Any]:
-    """What all runs in a file of results were measured with."""
+    """What all runs in a file of results were measured with.
+
+    Not the precision: a file of many hours is made on several machines, and each stage names its
+    own.
+    """
     options = {name: getattr(plan, name) for name in SETTINGS}
-    return {"plan": options, "sdft": asdict(base), "machine": setup.machine()}
+    sdft = asdict(base)
+    del sdft["precision"]
+    return {"plan": options, "sdft": sdft, "machine": setup.machine()}
 
 
 def store(out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, Any]) -> None:
@@ -51,14 +57,20 @@ def store(out: Path, made: dict[str, Any], base: dict[str, Any], run: dict[str, 
         setup.write(out, made | {"date": time.strftime("%Y-%m-%d")} | rows)
 
 
-def seconds(ours: dict[str, Any] | None, plan: Plan) -> list[float] | None:
+def seconds(ours: dict[str, Any] | None, plan: Plan, precision: str) -> list[float] | None:
     """What our learner took at each stage, if its run is there.
 
     Raises:
-        InvalidInputError: it had another number of threads.
+        InvalidInputError: it had another number of threads, or another precision.
     """
     if ours is None:
         return None
+    if others := {stage["precision"] for stage in ours["stages"]} - {precision}:
+        msg = (
+            f"sft_anchored has the time that sdft took, measured in {', '.join(others)}: "
+            f"set precision to it, or give it --rival-steps"
+        )
+        raise InvalidInputError(msg)
     if (threads := ours["threads"]) != plan.threads:
         msg = (
             f"sft_anchored has the time that sdft took, measured with --threads {threads}: "

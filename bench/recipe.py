@@ -80,23 +80,24 @@ RECIPES = (
 
 
 def measure(
-    recipe: Recipe, imported: Imported, tell: Callable[[str, float], None]
+    recipe: Recipe, imported: Imported, threads: int, tell: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
     """Train one recipe; a row for each way to ship it."""
     taught = skills.material(SKILL, 0, train=DEMONSTRATIONS, tests=TESTS)
     learner = setup.here(LearnerConfig.named(DEFAULT, **recipe.changes))
-    spec = setup.spec(imported, taught, learner)
+    spec = setup.spec(imported, taught, learner, threads=threads)
     learnt, note = setup.train(spec, partial(tell, recipe.name))
     made_by = {
         "options": asdict(recipe),
         "training": note,
         "date": time.strftime("%Y-%m-%d"),
         "machine": setup.machine(),
+        "threads": threads,
     }
     rows = []
     for way, state, size in ways(recipe, imported, learnt):
         tell(f"{recipe.name}: {way}", 1.0)
-        figures = judged(imported, state, taught, size)
+        figures = judged(imported, state, taught, size, threads)
         rows.append({"recipe": recipe.name, "shipped": way, **figures, **made_by})
     return rows
 
@@ -115,17 +116,17 @@ def ways(recipe: Recipe, imported: Imported, learnt: State) -> list[tuple[str, S
 
 
 def judged(
-    imported: Imported, state: State, taught: skills.Material, size: int | None
+    imported: Imported, state: State, taught: skills.Material, size: int | None, threads: int
 ) -> dict[str, Any]:
     """Figures of the student that a device would have."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "candidate"
         changed = write_back(imported.bundle, state, skills.harness(), bundle)
         size = delta_bytes(imported.bundle, bundle) if size is None else size
-        candidate = Student.open(bundle, threads=2)
+        candidate = Student.open(bundle, threads=threads)
         right = answered(candidate, taught)
         copied = copies(candidate)
-        kl = setup.drift(imported, candidate)
+        kl = setup.drift(imported, candidate, threads)
         candidate.close()
     return {
         "exact": round(statistics.fmean(right), 4),
@@ -172,7 +173,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
-def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
+def run(recipes: list[Recipe], out: Path, threads: int) -> list[dict[str, Any]]:
     """Measure what ``out`` does not hold yet; all its rows.
 
     Raises:
@@ -204,7 +205,7 @@ def run(recipes: list[Recipe], out: Path) -> list[dict[str, Any]]:
         for recipe in recipes:
             if any(row["recipe"] == recipe.name for row in rows):
                 continue
-            rows += measure(recipe, imported, tell)
+            rows += measure(recipe, imported, threads, tell)
             setup.write(out, note | {"recipes": rows})
             progress.console.print(f"{recipe.name}: {rows[-1]['exact']}")
     return rows
@@ -216,6 +217,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/recipe.json"))
+    parser.add_argument("--threads", type=int, default=setup.THREADS, help="of this process")
     names = [recipe.name for recipe in RECIPES]
     parser.add_argument("recipes", nargs="*", help=f"of {', '.join(names)}; all when none is given")
     options = parser.parse_args()
@@ -223,7 +225,7 @@ def main() -> None:
         parser.error(f"no recipe {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     chosen = [r for r in RECIPES if r.name in (options.recipes or names)]
     try:
-        rows = run(chosen, options.out)
+        rows = run(chosen, options.out, options.threads)
     except AnabranchError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -26,7 +26,8 @@ MADE = results.made(PLAN, LearnerConfig())
 def a_run() -> dict[str, Any]:
     run: dict[str, Any] = {"average": 0.5, "bwt": 0.0, "base_kl": 0.1, "human": 0.5}
     run |= {"retention": {"mean": 0.5}, "matrix": [[0.5]], "correct": [["01"]]}
-    return run | {"human_correct": ["01"], "stages": [{"method": "sft", "learn_seconds": 1.0}]}
+    stage = {"method": "sft", "learn_seconds": 1.0, "precision": "fp32"}
+    return run | {"human_correct": ["01"], "stages": [stage]}
 
 
 def made_of(commit: str = "abc") -> dict[str, Any]:
@@ -89,12 +90,14 @@ def test_results_of_other_options_are_refused_and_kept(tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
-def test_a_rival_gets_our_seconds_only_from_a_run_with_as_many_threads() -> None:
+def test_a_rival_gets_our_seconds_only_from_a_run_with_as_many_threads_in_its_precision() -> None:
     ours = a_run() | {"threads": PLAN.threads}
-    assert results.seconds(ours, PLAN) == [1.0]
+    assert results.seconds(ours, PLAN, "fp32") == [1.0]
     with pytest.raises(InvalidInputError, match=r"measured with --threads 9.*--rival-steps"):
-        results.seconds(ours | {"threads": 9}, PLAN)
-    assert results.seconds(None, PLAN) is None
+        results.seconds(ours | {"threads": 9}, PLAN, "fp32")
+    with pytest.raises(InvalidInputError, match=r"measured in fp32.*--rival-steps"):
+        results.seconds(ours, PLAN, "bf16")
+    assert results.seconds(None, PLAN, "fp32") is None
 
 
 def test_who_does_not_wait_is_told_at_once_that_another_has_it(tmp_path: Path) -> None:
@@ -105,16 +108,17 @@ def test_who_does_not_wait_is_told_at_once_that_another_has_it(tmp_path: Path) -
         assert third
 
 
-@pytest.mark.parametrize(("able", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_results_name_the_precision_that_the_machine_has(
-    able: bool, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_runs_of_machines_with_and_without_bf16_share_a_file_that_names_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
-    made = results.made(PLAN, setup.options([]))
-    assert made["sdft"]["precision"] == expected
     out = tmp_path / "full.json"
-    results.store(out, made, BASE, {"sft/0": a_run()})
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not able})
-    with pytest.raises(InvalidInputError, match="other precision"):
-        results.read(out, results.made(PLAN, setup.options([])))
-    results.read(out, results.made(PLAN, setup.options([f"precision={expected}"])))
+    for seed, (able, expected) in enumerate(((True, "bf16"), (False, "fp32"))):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        config = setup.options([])
+        assert config.precision == expected
+        run = a_run()
+        run["stages"][0]["precision"] = config.precision
+        results.store(out, results.made(PLAN, config), BASE, {f"sft/{seed}": run})
+    kept = json.loads(out.read_text())
+    assert kept["methods"]["sft"]["precision"] == ["bf16", "fp32"]
+    assert [r["stages"][0]["precision"] for r in kept["runs"].values()] == ["bf16", "fp32"]
