@@ -4,7 +4,8 @@ Each recipe is one adaptation of the imported student as the cloud would run it 
 on the same 120 demonstrations of one skill; what it learnt is then brought to the device's codes in
 one or more ways (``bench/shipping.py``), and the quantized student is measured. About five minutes
 a recipe on two cores. Results go to ``build/bench/recipe.json`` recipe by recipe (the same command
-goes on from there), to a table, and to ``build/bench/recipe.png``.
+goes on from there, and two of them, with a thread each, share the work), to a table, and to
+``build/bench/recipe.png``.
 
 - exact: share of 100 unseen commands answered to the letter, by the file that would ship;
 - copies: share of 48 commands of another skill answered to the letter when that very command and
@@ -23,6 +24,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,12 +176,11 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def run(recipes: list[Recipe], out: Path, threads: int) -> list[dict[str, Any]]:
-    """Measure what ``out`` does not hold yet; all its rows.
+    """Measure what ``out`` does not hold yet, and no other process is at; all its rows.
 
     Raises:
         InvalidInputError: ``out`` was measured with other options.
     """
-    kept = json.loads(out.read_text()) if out.exists() else {}
     note: dict[str, Any] = {
         "seeds": [0],
         "skill": SKILL,
@@ -187,12 +188,7 @@ def run(recipes: list[Recipe], out: Path, threads: int) -> list[dict[str, Any]]:
         "demonstrations": DEMONSTRATIONS,
         "default": asdict(setup.here(LearnerConfig.named(DEFAULT))),
     }
-    same = json.loads(json.dumps(note))
-    rows: list[dict[str, Any]] = kept.get("recipes", [])
-    ours = {r.name: json.loads(json.dumps(asdict(r))) for r in RECIPES}
-    changed = [n for n in same if kept and kept.get(n) != same[n]]
-    changed += [row["recipe"] for row in rows if row["options"] != ours.get(row["recipe"])]
-    setup.refuse_other(out, changed)
+    rows = measured(out, note)
     with Progress() as progress:
         bar = progress.add_task("student: import", total=1.0)
 
@@ -201,14 +197,34 @@ def run(recipes: list[Recipe], out: Path, threads: int) -> list[dict[str, Any]]:
 
         if rows:
             progress.console.print(setup.kept(out, rows))
-        imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
-        for recipe in recipes:
-            if any(row["recipe"] == recipe.name for row in rows):
-                continue
-            rows += measure(recipe, imported, threads, tell)
-            setup.write(out, note | {"recipes": rows})
-            progress.console.print(f"{recipe.name}: {rows[-1]['exact']}")
-    return rows
+        with setup.alone(out.parent / "learner-student"):
+            imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
+        for wait, recipe in product((False, True), recipes):  # first what no other process is at
+            with setup.alone(out.with_name(f"{out.name}-{recipe.name}"), wait=wait) as mine:
+                there = {row["recipe"] for row in measured(out, note)}
+                if not mine or recipe.name in there:
+                    continue
+                made = measure(recipe, imported, threads, tell)
+                with setup.alone(out):
+                    setup.write(out, note | {"recipes": measured(out, note) + made})
+                progress.console.print(f"{recipe.name}: {made[-1]['exact']}")
+    return measured(out, note)
+
+
+def measured(out: Path, note: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that ``out`` holds, in the order of :data:`RECIPES`.
+
+    Raises:
+        InvalidInputError: they were measured with other options than ``note`` or ours.
+    """
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    same = json.loads(json.dumps(note))
+    rows: list[dict[str, Any]] = kept.get("recipes", [])
+    ours = {r.name: json.loads(json.dumps(asdict(r))) for r in RECIPES}
+    changed = [n for n in same if kept and kept.get(n) != same[n]]
+    changed += [row["recipe"] for row in rows if row["options"] != ours.get(row["recipe"])]
+    setup.refuse_other(out, changed)
+    return sorted(rows, key=lambda row: list(ours).index(row["recipe"]))
 
 
 def main() -> None:
