@@ -23,7 +23,8 @@ self-distillation. ``--full`` takes five skills, three seeds, more rivals and TR
                                # 85 steps for sft_anchored: run it twice at once on two cores
 
 Results go to ``--out`` after every method and seed, with machine, precision and each request's
-outcome. Machines with and without bfloat16 may share it: the table says what each method was in.
+outcome. Machines with and without bfloat16 may share it: the table says what each method was in,
+and where a lead is between two precisions.
 Intervals are over requests, given these runs: they say nothing of how runs differ.
 """
 

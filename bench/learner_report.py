@@ -49,11 +49,14 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
             **mean,
             "matrix": first["matrix"],
             "seeds": list(done),
-            "precision": sorted({s["precision"] for r in done.values() for s in r["stages"]}),
+            "precision": {seed: precision(run) for seed, run in done.items()},
             "learnt_by": learnt_by,  # sdft falls back to sft where its teacher is no better
         }
         rival = {s: r for s, r in done.items() if f"sdft/{s}" in runs}
         if method != "sdft" and rival:
+            methods[method]["sdft_other_precision"] = [
+                s for s, r in rival.items() if precision(r) != precision(runs[f"sdft/{s}"])
+            ]
             ours = [right for s in rival for right in runs[f"sdft/{s}"]["correct"][-1]]
             theirs = [right for r in rival.values() for right in r["correct"][-1]]
             interval = paired(ours, theirs, np.random.default_rng(0))
@@ -72,6 +75,11 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
     return methods
 
 
+def precision(run: dict[str, Any]) -> str:
+    """What the stages of a run were multiplied in."""
+    return ", ".join(sorted({stage["precision"] for stage in run["stages"]}))
+
+
 def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
     """For people."""
     made = Table(
@@ -80,6 +88,8 @@ def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
     made.add_row("(base)", "", "", "0", "0", f"{base['human']:.3f}", "average; human", "")
     for name, m in methods.items():
         leads = [m[k] for k in ("sdft_lead_95", "sdft_human_lead_95") if k in m]
+        seeds = ", ".join(map(str, m.get("sdft_other_precision", ())))
+        other = f" (seed {seeds}: sdft in another precision)" if seeds else ""
         made.add_row(
             name,
             f"{m['average']:.3f}",
@@ -87,7 +97,7 @@ def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
             f"{m['base_kl']:.4f}",
             f"{m['retention_drop']:+.4f}",
             f"{m['human']:.3f}",
-            "; ".join(f"{low:+.3f} to {high:+.3f}" for low, high in leads),
-            ", ".join(m["precision"]),
+            "; ".join(f"{low:+.3f} to {high:+.3f}" for low, high in leads) + other,
+            ", ".join(sorted(set(m["precision"].values()))),
         )
     return made

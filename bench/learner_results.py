@@ -41,7 +41,7 @@ def made(plan: Plan, base: LearnerConfig) -> dict[str, Any]:
     """What all runs in a file of results were measured with.
 
     Not the precision: a file of many hours is made on several machines, and each stage names its
-    own.
+    own. The base is measured once, on the first of them.
     """
     options = {name: getattr(plan, name) for name in SETTINGS}
     sdft = asdict(base)
@@ -67,8 +67,8 @@ def seconds(ours: dict[str, Any] | None, plan: Plan, precision: str) -> list[flo
         return None
     if others := {stage["precision"] for stage in ours["stages"]} - {precision}:
         msg = (
-            f"sft_anchored has the time that sdft took, measured in {', '.join(others)}: "
-            f"set precision to it, or give it --rival-steps"
+            f"sft_anchored has the time that sdft took, measured in {', '.join(others)} and not "
+            f"in {precision}: give it --rival-steps"
         )
         raise InvalidInputError(msg)
     if (threads := ours["threads"]) != plan.threads:

@@ -4,7 +4,7 @@ Each recipe is one adaptation of the imported student as the cloud would run it 
 on the same 120 demonstrations of one skill; what it learnt is then brought to the device's codes in
 one or more ways (``bench/shipping.py``), and the quantized student is measured. About five minutes
 a recipe on two cores. Results go to ``build/bench/recipe.json`` recipe by recipe (the same command
-goes on from there, and two of them, with a thread each, share the work), to a table, and to
+goes on from there; two of them at once with ``--threads 1`` share the recipes), to a table, and to
 ``build/bench/recipe.png``.
 
 - exact: share of 100 unseen commands answered to the letter, by the file that would ship;
@@ -176,7 +176,9 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def run(recipes: list[Recipe], out: Path, threads: int) -> list[dict[str, Any]]:
-    """Measure what ``out`` does not hold yet, and no other process is at; all its rows.
+    """Measure what ``out`` does not hold yet; all its rows.
+
+    Recipes that another process is at come last: they are waited for.
 
     Raises:
         InvalidInputError: ``out`` was measured with other options.
@@ -197,9 +199,12 @@ def run(recipes: list[Recipe], out: Path, threads: int) -> list[dict[str, Any]]:
 
         if rows:
             progress.console.print(setup.kept(out, rows))
+        tell("wait for the process that has the student", 0.0)
         with setup.alone(out.parent / "learner-student"):
             imported = setup.student(skills.harness(), out.parent / "learner-student", tell)
         for wait, recipe in product((False, True), recipes):  # first what no other process is at
+            if wait:
+                tell(f"wait for the process that has {recipe.name}", 0.0)
             with setup.alone(out.with_name(f"{out.name}-{recipe.name}"), wait=wait) as mine:
                 there = {row["recipe"] for row in measured(out, note)}
                 if not mine or recipe.name in there:
@@ -233,7 +238,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench/recipe.json"))
-    parser.add_argument("--threads", type=int, default=setup.THREADS, help="of this process")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=setup.THREADS,
+        help="of this process; two of them, with a thread each, may share --out",
+    )
     names = [recipe.name for recipe in RECIPES]
     parser.add_argument("recipes", nargs="*", help=f"of {', '.join(names)}; all when none is given")
     options = parser.parse_args()

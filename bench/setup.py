@@ -175,6 +175,7 @@ def machine() -> dict[str, Any]:
         "commit": _commit(),
         "cores": os.cpu_count(),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": version("torch"),
         "onnxruntime": version("onnxruntime"),

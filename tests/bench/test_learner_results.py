@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import learner, setup
 from bench import learner_results as results
+from bench.learner_report import table
 from cloud.learners.config import LearnerConfig
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cloud.learners.config import Precision
 
 BASE: dict[str, Any] = {"retention": {"mean": 0.5}}
 PLAN = learner.Plan(methods=("sft",), skills=("lights", "media"), seeds=(0,))
@@ -87,6 +91,9 @@ def test_results_of_other_options_are_refused_and_kept(tmp_path: Path) -> None:
     other = results.made(replace(PLAN, skills=("lights",)), LearnerConfig())
     with pytest.raises(InvalidInputError, match=r"other skills.*--out"):
         results.store(out, other, BASE, {"sft/1": a_run()})
+    other = results.made(PLAN, LearnerConfig(learning_rate=1.0))
+    with pytest.raises(InvalidInputError, match=r"other learning_rate.*--out"):
+        results.store(out, other, BASE, {"sft/1": a_run()})
     assert out.read_bytes() == before
 
 
@@ -108,17 +115,30 @@ def test_who_does_not_wait_is_told_at_once_that_another_has_it(tmp_path: Path) -
         assert third
 
 
-def test_runs_of_machines_with_and_without_bf16_share_a_file_that_names_the_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("able", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_options_name_the_precision_that_the_machine_has_unless_it_is_given(
+    able: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    assert setup.options([]).precision == expected
+    for given in ("fp32", "bf16"):
+        assert setup.options([f"precision={given}"]).precision == given
+
+
+def test_runs_of_two_precisions_share_a_file_and_its_table_says_which_leads_are_between_them(
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "full.json"
-    for seed, (able, expected) in enumerate(((True, "bf16"), (False, "fp32"))):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        config = setup.options([])
-        assert config.precision == expected
+    runs: tuple[tuple[str, Precision], ...]
+    runs = (("sdft/0", "bf16"), ("sft/0", "fp32"), ("sft/1", "bf16"))
+    for name, precision in runs:
         run = a_run()
-        run["stages"][0]["precision"] = config.precision
-        results.store(out, results.made(PLAN, config), BASE, {f"sft/{seed}": run})
-    kept = json.loads(out.read_text())
-    assert kept["methods"]["sft"]["precision"] == ["bf16", "fp32"]
-    assert [r["stages"][0]["precision"] for r in kept["runs"].values()] == ["bf16", "fp32"]
+        run["stages"][0]["precision"] = precision
+        made = results.made(PLAN, LearnerConfig(precision=precision))
+        results.store(out, made, BASE, {name: run})
+    methods = json.loads(out.read_text())["methods"]
+    assert methods["sft"]["precision"] == {"0": "fp32", "1": "bf16"}
+    assert methods["sft"]["sdft_other_precision"] == [0]
+    text = Console(width=200, record=True)
+    text.print(table(methods, BASE | {"human": 0.0}))
+    assert "seed 0: sdft in another precision" in text.export_text()
