@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -148,29 +149,29 @@ def copies(student: Student) -> float:
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """The curve: accuracy against megabytes."""
+    """The curve: accuracy against megabytes; a colour for each recipe, a marker for each way."""
     import matplotlib.pyplot as plt  # noqa: PLC0415  # the backend is chosen first
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for way, marker in ((ROUND, "o"), ("codes, dead", "s"), ("integer", "^")):
-        chosen = [
-            r
-            for r in rows
-            if r["shipped"].startswith(way) and (way != ROUND or r["shipped"] == ROUND)
-        ]
-        axes.scatter(
-            [r["bytes"] / 1e6 for r in chosen],
-            [r["exact"] for r in chosen],
-            marker=marker,
-            label={"o": "codes", "s": "codes, dead zone", "^": "integer low rank"}[marker],
-        )
-    for row in rows:
-        label = row["recipe"] if row["shipped"] == ROUND else f"{row['recipe']}, {row['shipped']}"
-        point = (row["bytes"] / 1e6, row["exact"])
-        axes.annotate(label, point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    ways = {ROUND: ("o", "codes"), "integer": ("^", "integer low rank")}
+    ways |= {"codes, dead": ("s", "codes, dead zone")}
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    for number, name in enumerate(names):
+        points: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        for row in (row for row in rows if row["recipe"] == name):
+            way = max((w for w in ways if row["shipped"].startswith(w)), key=len)
+            points[way].append((row["bytes"] / 1e6, row["exact"]))
+        curve = sorted(points[ROUND] + points["integer"])
+        axes.plot(*np.reshape(curve, (-1, 2)).T, color=f"C{number}", alpha=0.4)
+        axes.plot([], [], color=f"C{number}", linewidth=5, label=name)
+        for way, (marker, _) in ways.items():
+            axes.plot(*np.reshape(points[way], (-1, 2)).T, marker, color=f"C{number}")
+    for marker, label in ways.values():
+        axes.plot([], [], marker, color="grey", label=label)
     axes.set(xlabel="MB sent", ylabel="unseen commands answered to the letter", ylim=(-0.03, 1))
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside right upper", fontsize=9)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
