@@ -167,7 +167,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         for way, (marker, _) in ways.items():
             axes.plot(*np.reshape(points[way], (-1, 2)).T, marker, color=f"C{number}")
     for marker, label in ways.values():
-        axes.plot([], [], marker, color="grey", label=label)
+        axes.plot([], [], marker, color="black", label=label)
     axes.set(xlabel="MB sent", ylabel="unseen commands answered to the letter", ylim=(-0.03, 1))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
