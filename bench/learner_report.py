@@ -49,13 +49,13 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
             **mean,
             "matrix": first["matrix"],
             "seeds": list(done),
-            "precision": {seed: precision(run) for seed, run in done.items()},
+            "precision": {seed: precision_of(run) for seed, run in done.items()},
             "learnt_by": learnt_by,  # sdft falls back to sft where its teacher is no better
         }
         rival = {s: r for s, r in done.items() if f"sdft/{s}" in runs}
         if method != "sdft" and rival:
             methods[method]["sdft_other_precision"] = [
-                s for s, r in rival.items() if precision(r) != precision(runs[f"sdft/{s}"])
+                s for s, r in rival.items() if precision_of(r) != precision_of(runs[f"sdft/{s}"])
             ]
             ours = [right for s in rival for right in runs[f"sdft/{s}"]["correct"][-1]]
             theirs = [right for r in rival.values() for right in r["correct"][-1]]
@@ -75,7 +75,7 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
     return methods
 
 
-def precision(run: dict[str, Any]) -> str:
+def precision_of(run: dict[str, Any]) -> str:
     """What the stages of a run were multiplied in."""
     return ", ".join(sorted({stage["precision"] for stage in run["stages"]}))
 

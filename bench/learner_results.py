@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bench import setup
-from bench.learner_report import summary
+from bench.learner_report import precision_of, summary
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def seconds(ours: dict[str, Any] | None, plan: Plan, precision: str) -> list[flo
     """
     if ours is None:
         return None
-    if others := {stage["precision"] for stage in ours["stages"]} - {precision}:
+    if (other := precision_of(ours)) != precision:
         msg = (
-            f"sft_anchored has the time that sdft took, measured in {', '.join(others)} and not "
+            f"sft_anchored has the time that sdft took, measured in {other} and not "
             f"in {precision}: give it --rival-steps"
         )
         raise InvalidInputError(msg)

@@ -153,20 +153,20 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415  # the backend is chosen first
 
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    ways = {ROUND: ("o", "codes"), "integer": ("^", "integer low rank")}
-    ways |= {"codes, dead": ("s", "codes, dead zone")}
+    kinds = {ROUND: ("o", "codes"), "integer": ("^", "integer low rank")}
+    kinds |= {"codes, dead": ("s", "codes, dead zone")}
     names = list(dict.fromkeys(row["recipe"] for row in rows))
     for number, name in enumerate(names):
-        points: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+        points: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for row in (row for row in rows if row["recipe"] == name):
-            way = max((w for w in ways if row["shipped"].startswith(w)), key=len)
-            points[way].append((row["bytes"] / 1e6, row["exact"]))
+            kind = max((k for k in kinds if row["shipped"].startswith(k)), key=len)
+            points[kind].append((row["bytes"] / 1e6, row["exact"]))
         curve = sorted(points[ROUND] + points["integer"])
         axes.plot(*np.reshape(curve, (-1, 2)).T, color=f"C{number}", alpha=0.4)
         axes.plot([], [], color=f"C{number}", linewidth=5, label=name)
-        for way, (marker, _) in ways.items():
-            axes.plot(*np.reshape(points[way], (-1, 2)).T, marker, color=f"C{number}")
-    for marker, label in ways.values():
+        for kind, (marker, _) in kinds.items():
+            axes.plot(*np.reshape(points[kind], (-1, 2)).T, marker, color=f"C{number}")
+    for marker, label in kinds.values():
         axes.plot([], [], marker, color="black", label=label)
     axes.set(xlabel="MB sent", ylabel="unseen commands answered to the letter", ylim=(-0.03, 1))
     axes.set_xlim(left=0)
