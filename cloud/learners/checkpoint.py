@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("anabranch.learners")
 
 _SCORES, _STATE = "scores.pt", "checkpoint.pt"
+_FORMAT = 2
+"""Of both files; it is part of their key. Format 1 had neither seconds nor lessons seen."""
 
 
 def key_of(what: object, *weights: Mapping[str, torch.Tensor]) -> str:
     """Names a result by what decides it: ``what`` by its ``repr``, ``weights`` by their bytes."""
-    named = hashlib.sha256(repr(what).encode())
+    named = hashlib.sha256(repr((_FORMAT, what)).encode())
     for tensors in weights:
         for name, value in sorted(tensors.items()):
             named.update(name.encode())
@@ -41,7 +43,8 @@ def key_of(what: object, *weights: Mapping[str, torch.Tensor]) -> str:
 class State:
     """A job after ``step`` steps and ``spent`` seconds, ``scoring`` of them before the first step.
 
-    ``tensors`` are named; ``optimizer`` is its ``state_dict``; ``dice`` what draws lessons.
+    ``tensors`` are named; ``optimizer`` is its ``state_dict``; ``dice`` what draws lessons;
+    ``seconds`` each step's; ``seen`` the numbers of lessons that were drawn.
     """
 
     step: int
@@ -52,6 +55,8 @@ class State:
     dice: dict[str, Any]
     method: str
     losses: list[float]
+    seconds: list[float]
+    seen: list[int]
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,11 @@ class LearnerConfig:
         return cls(**(raw | {n: tuple(raw[n]) for n in ("layers", "hint") if n in raw}))
 
     @property
+    def most_lessons(self) -> int:
+        """As many demonstrations as the steps draw twice: with more, some would hardly be seen."""
+        return max(1, self.steps * self.batch // 2)
+
+    @property
     def scored_once(self) -> bool:
         """Whether the teacher's word on a lesson stays what it is and is small enough to keep."""
         fixed = self.teacher in {"imported", "frozen"} and self.rollouts != "on-policy"
@@ -219,6 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollouts": "on-policy",
         "temperature": 1.0,
         "cap": 1024,
+        "mask_truncated": False,
         "skip": 3,
         "layers": (0.0, 1.0),
         "embeddings": True,

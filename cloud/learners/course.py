@@ -78,8 +78,10 @@ class Outcome:
     """What a job learnt.
 
     ``parameters`` by name in the whole model; ``method`` and ``precision`` (``fp32`` or ``bf16``)
-    that were used after all; ``stopped`` says why it ended before its steps, or is empty;
-    ``scoring_seconds`` went before the first step, ``step_seconds`` are each step's.
+    that were used after all; ``stopped`` says why it ended before its steps, or is empty; ``seen``
+    are numbers of lessons that these weights learnt from: a job that ends early has not seen all.
+    ``scoring_seconds`` went before the first step, ``step_seconds`` are each step's; both count
+    what was spent before a kill, but for what no checkpoint had yet.
     """
 
     parameters: dict[str, torch.Tensor]
@@ -88,5 +90,6 @@ class Outcome:
     steps: int
     stopped: str
     worth: Worth | None
+    seen: frozenset[int]
     scoring_seconds: float
     step_seconds: list[float] = field(default_factory=list)

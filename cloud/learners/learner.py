@@ -55,7 +55,8 @@ def learn(
 
     Raises:
         TrainingError: there is nothing to learn from, the teacher is not better and the fallback is
-            to stop, or the loss diverged before anything was learnt.
+            to stop, the budget ended before the first step, or the loss diverged before anything
+            was learnt.
     """
     if not course.lessons:
         msg = "nothing to learn: there is no demonstration"
@@ -99,8 +100,7 @@ def _learn(
             end=end,
         )
     training = Training(model, course, config, control, objective, scores, files)
-    scoring = control.clock() - began
-    stopped = training.run(method, scoring)
+    stopped = training.run(method, control.clock() - began)
     return Outcome(
         model.learnt(),
         method,
@@ -108,7 +108,8 @@ def _learn(
         training.step,
         stopped,
         measured,
-        scoring,
+        frozenset(training.seen),
+        training.scoring,
         training.seconds,
     )
 
@@ -122,13 +123,14 @@ def _worth(course: Course, scores: Mapping[str, Sequence[Target]]) -> worth.Wort
 
 def _method(config: LearnerConfig, measured: worth.Worth | None) -> str:
     """What to learn by after the teacher was measured."""
-    if measured is None or config.method != "sdft" or config.fallback == "ignore":
+    if config.method != "sdft" or config.fallback == "ignore":
         return config.method
-    if measured.clear:
+    if measured is not None and measured.clear:
         log.info("the teacher is worth its words: %s", measured)
         return config.method
+    found = measured or "no demonstration was held out to measure it by"
     if config.fallback == "stop":
-        msg = f"the teacher is not clearly better than the student: {measured}"
+        msg = f"the teacher is not clearly better than the student: {found}"
         raise TrainingError(msg)
-    log.warning("not distilled, but learnt by cross-entropy: %s", measured)
+    log.warning("not distilled, but learnt by cross-entropy: %s", found)
     return "sft"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cloud.learners import targets
 from cloud.learners.memory import Memory
+from protos.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +44,9 @@ def score_all(
     the job finds it speaks (``replay``, ``held_student``). Kept scores are not made again; those of
     the anchors are kept for other jobs, too.
 
+    Raises:
+        TrainingError: the budget ended.
+
     Returns:
         Distributions by name, empty lists where none are needed; and a copy of the imported upper
         layers where they go on teaching.
@@ -79,6 +83,14 @@ def score_all(
     return found, imported
 
 
+def no_time_left(budget: float, spent: float) -> TrainingError:
+    """The error of a job whose ``budget`` went by before its first step (both in seconds)."""
+    return TrainingError(
+        f"the budget of {budget:.0f} s ended before the first step, {spent:.0f} s went into "
+        "scoring: allow more"
+    )
+
+
 def _wanted(
     course: Course, config: LearnerConfig
 ) -> tuple[dict[str, Sequence[Example]], dict[str, Sequence[Example]]]:
@@ -108,6 +120,7 @@ class _Scoring:
         self._model = model
         self._config = config
         self._control = control
+        self._began = control.clock()
         self._total = sum(example.length for group in groups for example in group)
         self._done = 0
         self.found: dict[str, list[Target]] = {name: [] for name in _NAMES}
@@ -127,6 +140,12 @@ class _Scoring:
                 self._done += example.length
                 phase = f"score {name.replace('_', ' ')}"
                 self._control.phase(phase, self._done / self._total)
+                self._watch()
+
+    def _watch(self) -> None:
+        budget = self._config.budget_seconds
+        if budget and (spent := self._control.clock() - self._began) > budget:
+            raise no_time_left(budget, spent)
 
     def _kept(self, name: str) -> int:
         if name == "teacher":

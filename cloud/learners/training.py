@@ -16,6 +16,7 @@ from cloud.learners.checkpoint import State
 from cloud.learners.course import StepReport
 from cloud.learners.ewc import Ewc
 from cloud.learners.objectives import Drawn
+from cloud.learners.scoring import no_time_left
 from protos.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -97,65 +98,64 @@ class Training:
         self._ewc = Ewc(model, earlier, self._parameters, config.ewc) if config.ewc else None
         self._losses: list[float] = []
         self._good: dict[str, torch.Tensor] | None = None
+        self._good_seen: set[int] = set()
+        self.seen: set[int] = set()
+        """Numbers of the lessons that the weights were drawn to at least once."""
         self.step = 0
         self.seconds: list[float] = []
+        self._method, self._spent, self._saved = "", 0.0, 0.0
+        self.scoring = 0.0
+        """Seconds before the first step, in all processes that the job has had."""
 
     def run(self, method: str, scoring: float) -> str:
         """Train to the end; why it ended early, or nothing.
 
-        ``scoring`` are the seconds that were spent before.
+        ``scoring`` are the seconds that this process spent before.
         """
         config, clock = self._config, self._control.clock
-        spent = start = scoring
+        self._method, self._spent, self.scoring = method, scoring, scoring
         state = self._files.load()
         if state is not None and state.method == method:
             self._restore(state)
-            spent, start = state.spent, state.scoring
             log.info("going on after step %d", self.step)
         del state  # its weights were copied
-        saved, last = spent, clock()
-        while (fraction := self._fraction(spent, start)) < 1:
+        self._saved, last = self._spent, clock()
+        while (fraction := self._fraction()) < 1:
             before = clock()
             try:
                 report = self._take(fraction, before)
             except FloatingPointError as error:
                 return self._fall_back(str(error))
             now = clock()
-            spent, last = spent + now - last, now
+            self._spent, last = self._spent + now - last, now
             self.seconds.append(now - before)
             self._control.report(report)
-            if spent - saved >= config.checkpoint_seconds:
-                self._save(spent, start, method)
-                saved = spent
         if not self._finite():
             return self._fall_back("weights are no longer finite")
         if self.step < config.steps:
             return f"the budget of {config.budget_seconds:.0f} s ended after {self.step} steps"
         return ""
 
-    def _fraction(self, spent: float, start: float) -> float:
+    def _fraction(self) -> float:
         """Of the steps or of the budget, whichever is further; 1 ends the job.
 
-        A step that would end after the budget is not begun.
+        A step that would end after the budget, if it takes as long as most, is not begun.
         """
         config = self._config
         part = self.step / config.steps
         if not config.budget_seconds:
             return part
-        longest = statistics.median(self.seconds) if self.seconds else 0.0
-        room = config.budget_seconds - start
-        if room <= 0 or spent + longest > config.budget_seconds:
+        usual = statistics.median(self.seconds) if self.seconds else 0.0
+        room = config.budget_seconds - self.scoring
+        if room <= 0 or self._spent + usual > config.budget_seconds:
             if not self.step:
-                msg = (
-                    f"the budget of {config.budget_seconds:.0f} s ended before the first step, "
-                    f"{start:.0f} s went into scoring: allow more"
-                )
-                raise TrainingError(msg)
+                raise no_time_left(config.budget_seconds, self.scoring)
             return 1.0
-        return max(part, (spent - start) / room)
+        return max(part, (self._spent - self.scoring) / room)
 
     def _take(self, fraction: float, before: float) -> StepReport:
         config = self._config
+        dice = self._dice()
         lessons, replay, anchors = self._draw()
         losses, parts = self._gradients(lessons, [*replay, *anchors], fraction)
         told = [x for x, d in zip(losses, lessons, strict=False) if d.counts]
@@ -163,7 +163,7 @@ class Training:
         held = sum(losses[len(lessons) : len(lessons) + len(replay)])
         anchor = sum(losses[len(lessons) + len(replay) :])
         if told:
-            self._watch(loss + held + anchor)
+            self._watch(loss + held + anchor, dice)
         rate = config.learning_rate * _rate(self.step, fraction, config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -176,6 +176,7 @@ class Training:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._objective.after_step()
+        self.seen.update(d.number for d in lessons if d.counts)
         self.step += 1
         return StepReport(
             self.step,
@@ -233,12 +234,16 @@ class Training:
             torch.autograd.backward(total)
         return losses, walks
 
-    def _watch(self, loss: float) -> None:
+    def _watch(self, loss: float, dice: dict[str, Any]) -> None:
         """Keep the weights that gave this loss from time to time, or raise where it diverges.
+
+        Only weights whose loss is known are kept, in memory and on disk: who goes on from a
+        checkpoint has no others to return to. ``dice`` are those before this step's draw.
 
         Raises:
             FloatingPointError: the loss is not finite, or far above what it was at the beginning.
         """
+        before = self._losses.copy()
         self._losses.append(loss)
         if not math.isfinite(loss):
             msg = f"the loss is {loss} at step {self.step + 1}"
@@ -249,8 +254,13 @@ class Training:
         if now > times * first + plus:
             msg = f"the loss rose from {first:.2f} to {now:.2f} by step {self.step + 1}"
             raise FloatingPointError(msg)
-        if self.step and self.step % _GOOD_EVERY == 0 and now <= first + plus:
+        if not self.step or max(now, loss) > first + plus:
+            return
+        if self.step % _GOOD_EVERY == 0:
             self._keep()
+        if self._spent - self._saved >= self._config.checkpoint_seconds:
+            self._save(before, dice)
+            self._saved = self._spent
 
     @torch.no_grad()
     def _keep(self) -> None:
@@ -259,6 +269,7 @@ class Training:
             self._good = {name: p.detach().clone() for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             self._good[name].copy_(p)
+        self._good_seen = set(self.seen)
 
     def _finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self._parameters.values())
@@ -270,6 +281,7 @@ class Training:
             raise TrainingError(msg)
         for name, value in self._good.items():
             self._parameters[name].data.copy_(value)
+        self.seen = self._good_seen
         log.warning("%s: back to the last good weights", why)
         return f"{why}; the last good weights are kept"
 
@@ -278,19 +290,21 @@ class Training:
         tensors = {f"weights/{n}": p.detach() for n, p in self._parameters.items()}
         return tensors | {f"objective/{n}": p for n, p in self._objective.state().items()}
 
-    def _save(self, spent: float, scoring: float, method: str) -> None:
-        if not self._finite():
-            return  # the next loss will say so
-        dice: dict[str, Any] = {"rng": self._rng.getstate(), "left": [d.left for d in self._draws]}
+    def _dice(self) -> dict[str, Any]:
+        return {"rng": self._rng.getstate(), "left": [list(d.left) for d in self._draws]}
+
+    def _save(self, losses: list[float], dice: dict[str, Any]) -> None:
         state = State(
             self.step,
-            spent,
-            scoring,
+            self._spent,
+            self.scoring,
             self._moving(),
             self._optimizer.state_dict(),
             dice,
-            method,
-            self._losses,
+            self._method,
+            losses,
+            self.seconds,
+            sorted(self.seen),
         )
         self._files.save(state)
 
@@ -302,8 +316,12 @@ class Training:
         self._rng.setstate(state.dice["rng"])
         for draw, left in zip(self._draws, state.dice["left"], strict=True):
             draw.left = list(left)
+        self._spent += state.spent
+        self.scoring += state.scoring
         self.step, self._losses = state.step, list(state.losses)
-        self._keep()
+        self.seconds, self.seen = list(state.seconds), set(state.seen)
+        if self.step >= _GOOD_EVERY:  # before, nothing was learnt that is worth returning to
+            self._keep()
 
 
 def _held(pairs: Sequence[tuple[Example, Target]], weight: float) -> list[_Held]:
@@ -319,8 +337,13 @@ def _rate(step: int, fraction: float, config: LearnerConfig) -> float:
     >>> config = LearnerConfig(steps=9, warmup=2)
     >>> [round(_rate(s, s / 9, config), 2) for s in range(9)]
     [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.67, 0.33]
+    >>> config = LearnerConfig(steps=6, warmup=2, schedule="cosine")
+    >>> [round(_rate(s, s / 6, config), 2) for s in range(6)]
+    [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
     """
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     if config.schedule == "cosine":
-        return warm * (1 + math.cos(math.pi * fraction)) / 2
+        begin = min(config.warmup / config.steps, 1.0)
+        down = (fraction - begin) / (1 - begin) if fraction > begin else 0.0
+        return warm * (1 + math.cos(math.pi * down)) / 2
     return min(warm, (1 - fraction) / _DECAY)

@@ -11,21 +11,31 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cloud.learners.config import PRESETS
+from cloud.learners.config import PRESETS, LearnerConfig
 from cloud.learners.course import Control, Course
 from cloud.learners.learner import learn
 from cloud.learners.model import SplitModel
+from cloud.learners.objectives import Sdft
 from cloud.learners.packing import Example
 from protos.errors import InvalidInputError, TrainingError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cloud.learners.config import LearnerConfig
     from cloud.learners.course import StepReport
-    from tests.learners.learner_course import COURSE, CPU, END, LESSONS, lesson, load, run, small
+    from tests.learners.learner_course import (
+        COURSE,
+        CPU,
+        END,
+        LESSONS,
+        lesson,
+        load,
+        run,
+        small,
+        split,
+    )
 else:
-    from learner_course import COURSE, CPU, END, LESSONS, lesson, load, run, small
+    from learner_course import COURSE, CPU, END, LESSONS, lesson, load, run, small, split
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"divergence": "reverse"},
@@ -50,6 +60,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "hint": (0.0, 0.0),
     },
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sharpness": {"sharpness": 1.0},
+    "guidance": {"guidance": 0.0},
+    "proximal": {"proximal": 0.25},
+    "base weight": {"base_weight": 5.0},
+    "shorter anchors": {"anchor_batch": 1},
+    "anchor weight": {"anchor_weight": 9.0},
+    "replay weight": {"replay_weight": 9.0},
+    "ewc": {"ewc": 1e3},
+    "ema rate": {"ema_rate": 0.9},
+    "part of the mixture": {"js_beta": 0.9},
+    "temperature": {"temperature": 0.2},
+    "masked": {"mask_truncated": True},
+    "cap": {"cap": 2},
+    "cosine": {"schedule": "cosine"},
+    "weight decay": {"weight_decay": 0.5},
+    "clip": {"clip": 0.01},
+    "seed": {"seed": 1},
+}
+_SAMPLED = {"rollouts": "on-policy", "mask_truncated": False, "hint": (0.0, 0.0)}
+BESIDE: dict[str, dict[str, Any]] = {
+    "guidance": {"hint": (0.0, 0.0)},
+    "ema rate": {"teacher": "ema", "ema_rate": 0.1},
+    "part of the mixture": {"divergence": "js", "js_beta": 0.3},
+    "temperature": _SAMPLED,
+    "masked": _SAMPLED,
+    "cap": _SAMPLED,
+    "bf16 samples": _SAMPLED,
+}
+"""What an option is compared with, where it is not the preset as it is."""
 every_learner = pytest.mark.parametrize("name", PRESETS)
 every_kind = pytest.mark.parametrize("kind", [*PRESETS, *VARIANTS])
 
@@ -85,6 +125,55 @@ def test_it_trains_step_by_step_and_changes_only_what_it_may(kind: str, tiny_fol
 def test_the_same_seed_gives_the_same_weights(kind: str, tiny_folder: Path) -> None:
     one, two = (run(tiny_folder, config_of(kind, steps=3, batch=2)).parameters for _ in range(2))
     assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize("kind", [*VARIANTS, *OPTIONS])
+def test_every_option_changes_what_is_learnt(kind: str, tiny_folder: Path) -> None:
+    """Each beside the same without it: an option that does nothing would pass all other tests."""
+    given = (VARIANTS | OPTIONS)[kind]
+    plain = dict(BESIDE.get(kind, {}))
+    before = run(tiny_folder, small("sft", steps=30)).parameters  # or frozen is as imported
+    layers = (plain | given).get("layers", (0.5, 1.0))
+    learnt = before if layers[0] <= 0.5 < layers[1] else None
+    ours, other = (
+        run(tiny_folder, small("sdft", steps=6, **options), learnt=learnt).parameters
+        for options in (plain | given, plain)
+    )
+    assert ours.keys() != other.keys() or any(not torch.equal(ours[n], other[n]) for n in ours)
+
+
+def test_an_averaged_teacher_moves_to_the_student_by_its_rate(tiny_folder: Path) -> None:
+    config = small("sdft", teacher="ema", top_k=0, ema_rate=0.25)
+    model = split(tiny_folder, config)
+    student = model.trainable()["norm.weight"].requires_grad_()
+    teacher = model.copy_upper()
+    ours = Sdft(model, COURSE.lessons, config, teacher=teacher, scored=(), base=(), end=END)
+    theirs = ours.state()
+    before = {n: p.clone() for n, p in theirs.items()}
+    with torch.no_grad():
+        student += 4.0
+    for moved in (1.0, 1.75):
+        ours.after_step()
+        assert torch.allclose(theirs["norm.weight"], before["norm.weight"] + moved)
+    del theirs["norm.weight"]
+    assert all(torch.equal(p, before[n]) for n, p in theirs.items())
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    """Shenfeld et al., arXiv 2601.19897, and their code: what decides it, option by option."""
+    paper = LearnerConfig.named("sdft-paper")
+    assert (paper.method, paper.divergence, paper.top_k, paper.sharpness) == (
+        *("sdft", "forward", 0, 1.0),
+    )
+    assert (paper.teacher, paper.ema_rate, paper.teacher_prompt) == ("ema", 0.01, "prose")
+    assert (paper.rollouts, paper.temperature, paper.skip, paper.mask_truncated) == (
+        *("on-policy", 1.0, 3, False),
+    )
+    assert (paper.layers, paper.embeddings, paper.rank) == ((0.0, 1.0), True, 0)
+    assert (paper.schedule, paper.warmup, paper.clip, paper.weight_decay) == ("cosine", 10, 1.0, 0)
+    assert (paper.learning_rate, paper.batch, paper.fallback) == (2e-5, 32, "ignore")
+    assert (paper.hint, paper.proximal, paper.base_weight) == ((0.0, 0.0), 1.0, 0.0)
+    assert (paper.anchor_batch, paper.replay_batch, paper.ewc) == (0, 0, 0.0)
 
 
 @every_learner
@@ -199,6 +288,14 @@ def test_a_teacher_that_is_no_better_is_not_distilled(
     assert "not distilled, but learnt by cross-entropy" in caplog.text
     with pytest.raises(TrainingError, match="not clearly better than the student: on 3 held-out"):
         run(tiny_folder, small("sdft", fallback="stop"))
+
+
+def test_a_teacher_that_nothing_measures_is_not_distilled(tiny_folder: Path) -> None:
+    unmeasured = replace(COURSE, held_out=())
+    assert run(tiny_folder, small("sdft", fallback="sft"), course=unmeasured).method == "sft"
+    with pytest.raises(TrainingError, match="no demonstration was held out to measure it by"):
+        run(tiny_folder, small("sdft", fallback="stop"), course=unmeasured)
+    assert run(tiny_folder, small("sdft"), course=unmeasured).method == "sdft"
 
 
 def test_a_long_demonstration_is_one_row_and_the_result_does_not_depend_on_rows(

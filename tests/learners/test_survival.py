@@ -70,6 +70,24 @@ def test_a_job_that_was_killed_comes_to_the_same_weights(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_spent_and_seen_before_a_kill_is_counted(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    ticks = itertools.count()
+
+    def clock() -> float:
+        return float(next(ticks))
+
+    config = small("sft-replay", steps=12, batch=1, checkpoint_seconds=0.0)
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, report=_out_after(9), clock=clock)
+    again = run(tiny_folder, config, keep=tmp_path, clock=clock)
+    assert len(again.step_seconds) == 12
+    assert again.seen == {0, 1, 2, 3, 4}
+    short = run(tiny_folder, replace(config, steps=3))
+    assert len(short.seen) == 3
+
+
 def test_sigkill_in_the_middle_leaves_a_checkpoint_that_is_whole(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -245,14 +263,77 @@ def test_a_budget_too_small_for_one_step_says_so(tiny_folder: Path) -> None:
         run(tiny_folder, small("sdft", budget_seconds=50.0), clock=lambda: float(next(ticks)))
 
 
+def test_scoring_ends_with_the_budget(tiny_folder: Path) -> None:
+    ticks, phases = itertools.count(), list[str]()
+    config = small("sdft", budget_seconds=2.0)
+    with pytest.raises(TrainingError, match=r"before the first step, 3 s went into scoring"):
+        run(
+            tiny_folder,
+            config,
+            clock=lambda: float(next(ticks)),
+            phase=lambda name, _: phases.append(name),
+        )
+    assert len(phases) == 3
+
+
+def test_the_budget_counts_what_was_spent_before_a_kill_and_to_go_on(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    ticks = itertools.count()
+    config = small("sft", steps=100_000, budget_seconds=100.0, checkpoint_seconds=0.0)
+
+    def clock() -> float:
+        return float(next(ticks))
+
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, clock=clock, report=_out_after(15))
+    before = next(ticks)
+    outcome = run(tiny_folder, config, keep=tmp_path, clock=clock)
+    assert outcome.stopped.startswith("the budget of 100 s ended")
+    assert before < next(ticks) <= 108  # the clock is read by us and before the budget begins
+    assert outcome.steps > 15
+
+
+def _wild_from(step: int, monkeypatch: pytest.MonkeyPatch, rate: float = 1e3) -> None:
+    """With this rate the loss rises three steps, to a few times of what it was, and diverges."""
+    monkeypatch.setattr(
+        "cloud.learners.training._rate", lambda now, _, __: 1.0 if now < step else rate
+    )
+
+
+@pytest.mark.parametrize("killed", [13, 14, 15])
+def test_a_job_that_was_killed_while_it_diverged_returns_to_good_weights(
+    killed: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a checkpoint are what a resumed job returns to: none is made of bad ones."""
+    config = small("sft", steps=40, checkpoint_seconds=0.0)
+    good = run(tiny_folder, replace(config, steps=40)).parameters
+    _wild_from(12, monkeypatch)
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, report=_out_after(killed))
+    outcome = run(tiny_folder, config, keep=tmp_path)
+    assert outcome.stopped.endswith("the last good weights are kept")
+    largest = max(float(p.abs().max()) for p in outcome.parameters.values())
+    assert largest < 2 * max(float(p.abs().max()) for p in good.values())
+
+
+def test_a_job_that_diverges_soon_after_a_kill_has_learnt_nothing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("sft", steps=40, checkpoint_seconds=0.0)
+    _wild_from(6, monkeypatch, 1e20)
+    with pytest.raises(PowerLossError):
+        run(tiny_folder, config, keep=tmp_path, report=_out_after(7))
+    with pytest.raises(TrainingError, match="nothing was learnt"):
+        run(tiny_folder, config, keep=tmp_path)
+
+
 def test_a_loss_that_diverges_leaves_the_last_good_weights(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small("sft", steps=40)
     good = run(tiny_folder, small("sft", steps=40), report=lambda _: None)
-    monkeypatch.setattr(
-        "cloud.learners.training._rate", lambda step, _, __: 1.0 if step < 12 else 1e20
-    )
+    _wild_from(12, monkeypatch, 1e20)
     outcome = run(tiny_folder, config)
     assert outcome.stopped.endswith("the last good weights are kept")
     assert 12 < outcome.steps < 40
