@@ -8,8 +8,10 @@ last checkpoint and comes to the same result.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import resource
 import statistics
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cloud import anchors
@@ -31,6 +34,7 @@ from cloud.learners.course import Control, Course, Outcome, StepReport
 from cloud.learners.learner import learn as learn_course
 from cloud.learners.model import SplitModel
 from cloud.learners.precision import narrow
+from cloud.progress import Progress
 from cloud.students.candidates import (
     DELTA_SHARE,
     Candidate,
@@ -39,10 +43,10 @@ from cloud.students.candidates import (
     remove_leftovers,
 )
 from edge.delta import save_updates
-from edge.delta.files import write_atomic
+from edge.delta.files import storage_errors, write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
-from protos.errors import AnabranchError, TrainingError
+from protos.errors import AnabranchError, StorageError, TrainingError
 from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
@@ -53,7 +57,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("anabranch.adapt")
 
 CANDIDATE, LEARNT, UPDATES = "candidate", "learnt.safetensors", "updates.npz"
-_LONGEST = 1024  # tokens of a demonstration as the teacher sees it: a row, and memory, are as long
+_LONGEST = 1024  # tokens of a demonstration, for SDFT as its teacher sees it: a row is as long
+NO_ROOM = os.EX_IOERR
+"""Exit code of a job that the disk stopped: it has no result, and goes on when it is run again."""
 
 
 @dataclass(frozen=True)
@@ -123,52 +129,34 @@ def write_failure(job: Path, why: str) -> None:
     write_atomically(job / "result.json", json.dumps({"passed": False, "error": why}))
 
 
-class Progress:
-    """Writes ``progress.json``: phase, fraction done (0..1) and seconds left."""
-
-    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
-        self._path = path
-        self._clock = clock
-        self._began = clock()
-        self._phase, self._since = "", (0.0, 0.0)
-
-    def __call__(self, phase: str, fraction: float, **more: float) -> None:
-        """Write how far the job is."""
-        spent = self._clock() - self._began
-        kind, _, _ = phase.partition(",")
-        if kind != self._phase:
-            # A job that goes on begins in the middle, and phases differ in pace.
-            self._phase, self._since = kind, (spent, fraction)
-        done = fraction - self._since[1]
-        left = (spent - self._since[0]) * (1 - fraction) / done if done > 0 else None
-        note = {"phase": phase, "fraction": round(fraction, 4), "seconds": round(spent, 1)}
-        note["seconds_left"] = None if left is None else round(left, 1)
-        write_atomically(self._path, json.dumps(note | more))
-
-
 def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
     """Do the job in the folder ``job``; returns what ``result.json`` holds.
 
     Raises:
         TrainingError: no demonstrations, or the training diverged.
+        StorageError: the disk is full; run again when it is not, the job goes on.
         AnabranchError: anything else that the operator can act on.
     """
     whole = Spec.from_json((job / "spec.json").read_text())
     spec = fitting(whole)
+    fit = set(spec.train)
+    left_out = [i for i, d in enumerate(whole.train) if d not in fit]
+    if left_out:
+        log.warning("%d demonstrations are too long to learn from: left out", len(left_out))
     if not spec.train or not spec.held_out:
         msg = f"{len(spec.train)} demonstrations to learn, {len(spec.held_out)} held out: need both"
+        if longer := len(whole.train) + len(whole.held_out) - len(spec.train) - len(spec.held_out):
+            msg += f" ({longer} more are too long)"
         raise TrainingError(msg)
     general = anchors.said(spec.masters)  # read first: it must not fail after an hour of learning
     torch.set_num_threads(spec.threads)
     progress = Progress(job / "progress.json", clock)
-    began = clock()
     control = Control(clock, _report(progress), _phase(progress), job, memory=job.parent)
     outcome = learn(spec, control)
-    seconds = clock() - began
     candidate, verdict = _judged(spec, outcome.parameters, general, job, progress)
-    left_out = [i for i, d in enumerate(whole.train) if d not in spec.train]
-    if left_out:
-        log.warning("%d demonstrations are too long to learn from: left out", len(left_out))
+    unseen = {d for i, d in enumerate(spec.train) if i not in outcome.seen}
+    if unseen:
+        log.warning("%d demonstrations were not learnt from: they wait", len(unseen))
     said = dict(zip((*spec.held_out, *spec.earlier), verdict.answers, strict=True))
     result = {
         "passed": verdict.passed,
@@ -183,11 +171,12 @@ def run(job: Path, *, clock: Callable[[], float] = time.monotonic) -> dict[str, 
         "steps": outcome.steps,
         "stopped": outcome.stopped,
         "teacher": None if outcome.worth is None else asdict(outcome.worth),
-        "sdft_seconds": round(seconds, 2),
+        "sdft_seconds": round(outcome.scoring_seconds + sum(outcome.step_seconds), 2),
         "scoring_seconds": round(outcome.scoring_seconds, 2),
         "step_seconds": round(statistics.median(outcome.step_seconds or [0.0]), 3),
         "peak_mb": peak_mb(),
         "left_out": left_out,
+        "unseen": [i for i, d in enumerate(whole.train) if d in unseen],
         "canaries": [
             {"messages": [asdict(m) for m in d.messages], "answer": said.get(d, "")}
             for d in (*whole.held_out, *whole.earlier)
@@ -233,7 +222,11 @@ def _judged(
         if verdict.passed:
             break
         log.info("the gate refuses the update by %s: %s", candidate.way, verdict.to_json())
-    save_file(candidate.parameters, job / LEARNT)
+    with storage_errors("writing what was learnt"):
+        try:
+            save_file(candidate.parameters, job / LEARNT)
+        except SafetensorError as error:  # its words for a full disk
+            raise OSError(str(error)) from error
     if candidate.updates:
         save_updates(candidate.updates, job / UPDATES)
     else:
@@ -253,12 +246,16 @@ def fitting(spec: Spec) -> Spec:
         lesson = encoder.lesson(demonstration, spec.learner)
         answer = max(harness.max_tokens, len(lesson.student.answer))
         asked = len(lesson.student.prefix) + len(lesson.student.prompt)
-        return asked + answer <= context and len(lesson.teacher.tail) <= _LONGEST
+        return asked + answer <= context and len(lesson.student.tail) <= _LONGEST
+
+    def teaches(demonstration: Shown) -> bool:
+        tail = encoder.lesson(demonstration, spec.learner).teacher.tail
+        return spec.learner.method != "sdft" or len(tail) <= _LONGEST
 
     return replace(
         spec,
-        train=tuple(filter(fits, spec.train)),
-        held_out=tuple(filter(fits, spec.held_out)),
+        train=tuple(d for d in spec.train if fits(d) and teaches(d)),
+        held_out=tuple(d for d in spec.held_out if fits(d) and teaches(d)),
         replay=tuple(filter(fits, spec.replay)),
         earlier=tuple(filter(fits, spec.earlier)),
     )
@@ -348,17 +345,27 @@ def _anchors(spec: Spec) -> tuple[Example, ...]:
 
 
 def main() -> int:
-    """Entry point of the process; the exit code is 0 when a result was written."""
+    """Entry point of the process.
+
+    The exit code is 0 when there is a candidate and its verdict, 1 when a failure was written,
+    and :data:`NO_ROOM` without a result.
+    """
     end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     job = Path(sys.argv[1])
     try:
         result = run(job)
     except AnabranchError as error:
-        log.error("the job failed: %s", error)  # noqa: TRY400  # the message is for people
+        if isinstance(error, StorageError):
+            log.error("the job stopped: %s", error)  # noqa: TRY400  # the message is for people
+            return NO_ROOM
+        log.error("the job failed: %s", error)  # noqa: TRY400  # as above
         write_failure(job, str(error))
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            log.error("the job stopped: %s", error)  # noqa: TRY400  # as above
+            return NO_ROOM
         # A fault of ours or of the machine: said once, because the same input fails the same way.
         log.exception("the job failed")
         write_failure(job, f"{type(error).__name__}: {error}; log.txt says where")

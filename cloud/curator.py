@@ -20,7 +20,7 @@ from cloud.policy import PolicyConfig, Situation, decide
 from cloud.rollout.state import Phase
 from cloud.students.candidates import DELTA_SHARE
 from edge.student.bundle import WEIGHTS, digest, sha256_file
-from protos.errors import InvalidInputError
+from protos.errors import InvalidInputError, StorageError
 from protos.v1 import device_pb2, release_pb2
 
 if TYPE_CHECKING:
@@ -154,6 +154,11 @@ class Curator:
 
     def _again(self, job: Job) -> None:
         """Run a job that a crash interrupted, but not one that crashes whenever it runs."""
+        if self._jobs.no_room:
+            self._jobs.no_room = False
+            self._started[job.name] = 0
+            msg = f"job {job.name} was stopped by its disk and goes on: free space; see log.txt"
+            raise StorageError(msg)
         if self._started.get(job.name, 0) >= _ATTEMPTS:
             job.failed(f"its process ended {_ATTEMPTS} times without a result; see log.txt")
             return
@@ -253,7 +258,7 @@ class Curator:
         failed = 0
         if last is not None and last.version not in alive:
             # Its gate refused it, or people did: the same evidence would lead to the same again.
-            failed = len(last.evidence.learn) + len(last.evidence.held_out)
+            failed = last.evidence.all
         return Situation(len(devices), len(drifted), fresh, busy, failed)
 
     def _adapt(
@@ -264,7 +269,7 @@ class Curator:
     ) -> None:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
-        learn, held = job_rules.split(fresh)
+        learn, held = job_rules.split(fresh, self._config.learner.most_lessons)
         # By what was asked, not by id: nothing that is tested may be trained on, and what people
         # have changed their minds about is neither tested nor held on to in its old form.
         new = {job_rules.shown(d).messages for d in fresh}
@@ -300,15 +305,13 @@ class Curator:
             release=latest.version,
             delta_share=self._config.delta_share if self._holds(latest, last) else 0.0,
         )
-        evidence = job_rules.Evidence(tuple(d.id for d in learn), tuple(d.id for d in held))
-        job = self._jobs.create(spec, evidence)
+        waiting = len(fresh) - len(learn) - len(held)
+        ids = tuple(d.id for d in learn), tuple(d.id for d in held)
+        job = self._jobs.create(spec, job_rules.Evidence(*ids, waiting))
         log.info(
-            "job %s: %d demonstrations to learn, %d held out, %d replayed, %d earlier",
-            job.name,
-            len(learn),
-            len(held),
-            len(replay),
-            len(spec.earlier),
+            "job %s: %d demonstrations to learn (%d more wait), %d held out, %d replayed, "
+            "%d earlier",
+            *(job.name, len(learn), waiting, len(held), len(replay), len(spec.earlier)),
         )
         self._start(job)
 

@@ -15,10 +15,18 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from cloud.adapt import CANDIDATE, LEARNT, UPDATES, Spec, write_atomically, write_failure
+from cloud.adapt import (
+    CANDIDATE,
+    LEARNT,
+    NO_ROOM,
+    UPDATES,
+    Spec,
+    write_atomically,
+    write_failure,
+)
 from edge.delta import load_updates
 from edge.delta.files import storage_errors
 from edge.process import PARENT
@@ -43,10 +51,19 @@ _NEVER_MS = 1 << 62
 
 @dataclass(frozen=True)
 class Evidence:
-    """Ids of the demonstrations a job learns and of those it holds out."""
+    """Ids of the demonstrations a job learns and of those it holds out; how many more there were.
+
+    Those wait for another job: this one has enough.
+    """
 
     learn: tuple[str, ...]
     held_out: tuple[str, ...]
+    waiting: int = 0
+
+    @property
+    def all(self) -> int:
+        """How many demonstrations there were when the job was made."""
+        return len(self.learn) + len(self.held_out) + self.waiting
 
 
 class Job:
@@ -87,7 +104,14 @@ class Job:
     def evidence(self) -> Evidence:
         """What it learns and what it holds out."""
         note = self._read("evidence.json") or {"learn": [], "held_out": []}
-        return Evidence(tuple(note["learn"]), tuple(note["held_out"]))
+        return Evidence(tuple(note["learn"]), tuple(note["held_out"]), note.get("waiting", 0))
+
+    @property
+    def settled(self) -> Evidence:
+        """Its evidence but for what its steps did not come to, which waits for another job."""
+        unseen = set((self.result or {}).get("unseen", ()))
+        learn = tuple(d for i, d in enumerate(self.evidence.learn) if i not in unseen)
+        return Evidence(learn, self.evidence.held_out)
 
     @property
     def candidate(self) -> Path:
@@ -131,6 +155,8 @@ class Jobs:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self.no_room = False
+        """Whether the disk stopped the process that ran last."""
 
     def all(self) -> list[Job]:
         """Jobs from the first to the latest."""
@@ -149,8 +175,7 @@ class Jobs:
         with storage_errors(f"making the folder of job {folder.name}"):
             shutil.rmtree(folder, ignore_errors=True)  # left by a crash: it has no spec
             folder.mkdir(parents=True)
-        ids = {"learn": evidence.learn, "held_out": evidence.held_out}
-        write_atomically(folder / "evidence.json", json.dumps(ids))
+        write_atomically(folder / "evidence.json", json.dumps(asdict(evidence)))
         write_atomically(folder / "spec.json", spec.to_json())
         return Job(folder)
 
@@ -170,6 +195,7 @@ class Jobs:
         """Whether a job's process runs."""
         if self._process is None or self._process.poll() is None:
             return self._process is not None
+        self.no_room = self._process.returncode == NO_ROOM
         self._close()
         return False
 
@@ -256,13 +282,16 @@ def lessons(
 
 
 def split(
-    demonstrations: Sequence[device_pb2.Demonstration],
+    demonstrations: Sequence[device_pb2.Demonstration], most: int
 ) -> tuple[list[device_pb2.Demonstration], list[device_pb2.Demonstration]]:
-    """Divide new evidence into what is learnt and what is held out for the gate."""
+    """Divide new evidence into what is learnt, ``most`` at once, and what is held out for the gate.
+
+    What is in neither waits for the next job.
+    """
     ordered = sorted(demonstrations, key=lambda d: order(d.id))
-    least, most = _HELD_OUT
-    held = min(most, max(least, round(len(ordered) * HELD_OUT_SHARE)))
-    return ordered[held:], ordered[:held]
+    least, largest = _HELD_OUT
+    held = min(largest, max(least, round(len(ordered) * HELD_OUT_SHARE)))
+    return ordered[held : held + most], ordered[:held]
 
 
 def sample(
@@ -273,9 +302,9 @@ def sample(
 
 
 def learnt(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
-    """What a job trained on: all that it was given but what was too long."""
-    left_out = set(result.get("left_out", ()))
-    return [d for i, d in enumerate(spec.train) if i not in left_out]
+    """What a job trained on: all it was given but what was too long, or not seen in its steps."""
+    not_learnt = {*result.get("left_out", ()), *result.get("unseen", ())}
+    return [d for i, d in enumerate(spec.train) if i not in not_learnt]
 
 
 def answered(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
@@ -287,6 +316,7 @@ def answered(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
 def used(jobs: Sequence[Job], alive: Collection[int]) -> tuple[Evidence, Job | None]:
     """Evidence of the jobs whose releases still count, and the latest of them."""
     counted = [j for j in jobs if j.version in alive]
-    learn = tuple(i for j in counted for i in j.evidence.learn)
-    held = tuple(i for j in counted for i in j.evidence.held_out)
+    settled = [j.settled for j in counted]
+    learn = tuple(i for e in settled for i in e.learn)
+    held = tuple(i for e in settled for i in e.held_out)
     return Evidence(learn, held), counted[-1] if counted else None

@@ -15,6 +15,8 @@ from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cloud.jobs import Job
 
 CORRECTION, CONFIRMATION = device_pb2.SOURCE_CORRECTION, device_pb2.SOURCE_CONFIRMATION
@@ -80,7 +82,9 @@ def spec(**fields: Any) -> Spec:  # noqa: ANN401
     return Spec(**given | fields)
 
 
-def finish(job: Job, student: str, answer: str, *, passed: bool = True) -> None:
+def finish(
+    job: Job, student: str, answer: str, *, passed: bool = True, unseen: Sequence[int] = ()
+) -> None:
     """Write what the process of a job writes at its end; its student gives one answer to all."""
     whole = Spec.from_json((job.folder / "spec.json").read_text())
     result = {
@@ -92,6 +96,7 @@ def finish(job: Job, student: str, answer: str, *, passed: bool = True) -> None:
         "peak_mb": 700.0,
         "teacher": {"gain": 1.5},
         "left_out": [],
+        "unseen": list(unseen),
         "canaries": [
             {"messages": [asdict(m) for m in d.messages], "answer": answer}
             for d in (*whole.held_out, *whole.earlier)

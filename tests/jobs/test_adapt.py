@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -21,10 +23,11 @@ from cloud.gate import gate
 from cloud.gate.gate import GateConfig, Verdict
 from cloud.jobs import Job
 from cloud.learners.config import LearnerConfig
+from edge.delta.files import AtomicFile
 from edge.process import PARENT
 from edge.student.bundle import digest
 from edge.student.runtime import Decoding, Student
-from protos.errors import TrainingError
+from protos.errors import StorageError, TrainingError
 from protos.prompt import Message, Shown, chat
 
 if TYPE_CHECKING:
@@ -166,6 +169,72 @@ def test_a_demonstration_too_long_to_learn_does_not_stop_the_others(
     result = adapt.run(job)
     assert result["left_out"] == [1]
     assert [bool(c["answer"]) for c in result["canaries"]] == [False, True]
+
+
+def test_only_sdft_leaves_out_what_is_too_long_for_a_teacher_that_is_shown_it_twice(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    """Once it is some 450 tokens, thrice some 1300: a row holds 1024."""
+    long = shown("on and on " * 60)
+    train, held = (shown("a"), long), (shown("c"), long)
+    left_out = []
+    for method in ("sft", "sdft"):
+        job = tmp_path / method
+        learner = LearnerConfig(method=method, steps=2, batch=2, fallback="ignore")
+        real(tiny_student, job, train=train, held_out=held, replay=(long,), learner=learner)
+        left_out.append(adapt.run(job)["left_out"])
+    assert left_out == [[], [1]]
+
+
+def test_what_the_steps_did_not_come_to_is_said(tiny_student: Path, tmp_path: Path) -> None:
+    job = tmp_path / "0001"
+    train = (shown("on and on " * 400), *(shown(t) for t in "abcdef"))
+    real(tiny_student, job, train=train, learner=replace(FAR, steps=2, batch=2))
+    result = adapt.run(job)
+    assert result["left_out"] == [0]
+    assert len(result["unseen"]) == 2
+    assert 0 not in result["unseen"]
+
+
+def test_evidence_that_is_all_too_long_is_said_to_be(tiny_student: Path, tmp_path: Path) -> None:
+    endless = shown("on and on " * 400)
+    real(tiny_student, tmp_path / "0001", held_out=(endless, endless))
+    with pytest.raises(TrainingError, match=r"0 held out: need both \(2 more are too long\)"):
+        adapt.run(tmp_path / "0001")
+
+
+@pytest.mark.parametrize("error", [StorageError("disk"), OSError(errno.ENOSPC, "disk")])
+def test_a_full_disk_stops_a_job_and_the_next_run_goes_on(
+    error: Exception,
+    tiny_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job, write = tmp_path / "0001", AtomicFile.write
+    real(tiny_student, job, learner=replace(FAR, steps=6, checkpoint_seconds=0.0))
+
+    def full(file: AtomicFile, data: bytes) -> None:
+        if (job / "checkpoint.pt").exists():
+            raise StorageError(str(error))
+        write(file, data)
+
+    def stop(*_: Any) -> None:  # noqa: ANN401
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["adapt", str(job)])
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicFile, "write", full)
+        patched.setattr(adapt, "_judged", stop)
+        assert adapt.main() == adapt.NO_ROOM
+    assert not (job / "result.json").exists()
+    assert (job / "checkpoint.pt").exists()
+    assert caplog.text.count("progress is not written") == 1
+    with caplog.at_level(logging.INFO):
+        assert adapt.main() == 0
+    assert "going on after step 1" in caplog.text
+    assert json.loads((job / "result.json").read_text())["steps"] == 6
+    assert not (job / "checkpoint.pt").exists()
 
 
 def test_nothing_to_learn_is_said(tiny_student: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
 from cloud.guarding import Guarding
 from cloud.jobs import Job, Jobs
+from cloud.learners.config import LearnerConfig
 from cloud.policy import PolicyConfig
 from cloud.releases import ceremony, keys
 from cloud.releases.store import ReleaseStore
@@ -139,10 +140,12 @@ class Cloud:
         assert self.jobs.busy
         return self.jobs.end()
 
-    def learn(self, job: Job, *, changed: int = 1, right: bool = True) -> None:
+    def learn(
+        self, job: Job, *, changed: int = 1, right: bool = True, unseen: Sequence[int] = ()
+    ) -> None:
         """The job's process writes a candidate, and that its gate passed."""
         write_bundle(job.candidate, changed=changed)
-        finish(job, digest(job.candidate), "right" if right else "wrong")
+        finish(job, digest(job.candidate), "right" if right else "wrong", unseen=unseen)
 
     def counted(self, result: str) -> float | None:
         labels = {"channel": "home", "result": result}
@@ -337,6 +340,68 @@ def test_a_job_that_always_crashes_is_given_up(cloud: Cloud) -> None:
     assert result is not None
     assert "3 times" in result["error"]
     assert cloud.counted("failed") == 1
+
+
+def test_a_job_that_its_disk_stopped_is_never_given_up(cloud: Cloud) -> None:
+    cloud.adapt(demonstrations(24))
+    for number in range(2, 7):
+        cloud.jobs.no_room, cloud.jobs.busy = True, False
+        with pytest.raises(StorageError, match=r"job 0001 was stopped by its disk.*log\.txt"):
+            cloud.curator.tick()
+        cloud.curator.tick()
+        assert cloud.jobs.started == ["0001"] * number
+    assert cloud.jobs.all()[-1].result is None
+
+
+SHORT = LearnerConfig.named("sft-anchored", steps=2, batch=8)
+"""Takes eight demonstrations at once."""
+
+
+def unlearned(cloud: Cloud) -> float | None:
+    return cloud.registry.get_sample_value(
+        "anabranch_demonstrations_unlearned", {"channel": "home"}
+    )
+
+
+def test_more_than_the_steps_can_learn_waits_for_the_next_job(cloud: Cloud) -> None:
+    cloud.restart(learner=SHORT)
+    given = demonstrations(60)
+    first = cloud.adapt(given)
+    assert (len(first.evidence.learn), len(first.evidence.held_out)) == (8, 9)
+    assert first.evidence.waiting == 43
+    cloud.learn(first)
+    cloud.curator.tick()
+    taken = {*first.evidence.learn, *first.evidence.held_out}
+    assert set(cloud.latest().manifest.learned_from) == taken
+    cloud.deliver()
+    second = cloud.adapt([])
+    assert taken.isdisjoint((*second.evidence.learn, *second.evidence.held_out))
+    assert {d.id for d in given} > {*second.evidence.learn, *second.evidence.held_out}
+
+
+def test_a_refusal_counts_what_waited_too(cloud: Cloud) -> None:
+    cloud.restart(learner=SHORT)
+    finish(cloud.adapt(demonstrations(60)), "none", "wrong", passed=False)
+    for _ in range(3):
+        cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 1  # 60 of 90
+
+
+def test_what_a_job_had_no_time_for_stays_on_devices_and_is_learnt_next(cloud: Cloud) -> None:
+    given = demonstrations(24)
+    job = cloud.adapt(given)
+    cloud.learn(job, unseen=[0, 3])
+    cloud.curator.tick()
+    missed = {job.evidence.learn[i] for i in (0, 3)}
+    assert set(cloud.latest().manifest.learned_from) == {d.id for d in given} - missed
+    cloud.deliver()
+    cloud.curator.tick()
+    assert unlearned(cloud) == 2
+    more = cloud.adapt(demonstrations(20))
+    assert missed <= {*more.evidence.learn, *more.evidence.held_out}
+    replayed = {d.messages[0].content for d in spec_of(more).replay}
+    assert len(replayed) == 14
+    assert replayed.isdisjoint(d.messages[0].content for d in given if d.id in missed)
 
 
 def test_a_release_that_people_gave_up_is_not_made_again_of_the_same(cloud: Cloud) -> None:

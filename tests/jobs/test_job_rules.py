@@ -38,15 +38,22 @@ else:
 @given(st.integers(9, 400))
 def test_every_demonstration_is_learnt_or_held_out_whatever_their_order(number: int) -> None:
     given_ = demonstrations(number)
-    learn, held = jobs.split(given_)
+    learn, held = jobs.split(given_, 400)
     assert {d.id for d in learn} | {d.id for d in held} == {d.id for d in given_}
     assert len(learn) + len(held) == number
     assert learn
     assert 8 <= len(held) <= 40
-    again = jobs.split(given_[::-1])
+    again = jobs.split(given_[::-1], 400)
     assert ([d.id for d in learn], [d.id for d in held]) == tuple(
         [d.id for d in part] for part in again
     )
+
+
+def test_a_job_takes_no_more_than_it_can_learn() -> None:
+    given_ = demonstrations(300)
+    learn, held = jobs.split(given_, 60)
+    assert (len(learn), len(held)) == (60, 40)
+    assert jobs.split(given_, 400) == (jobs.split(given_, 260)[0], held)
 
 
 def test_a_sample_is_the_same_whatever_the_order_and_bounded() -> None:
@@ -127,6 +134,15 @@ def test_only_jobs_count_whose_release_was_not_withdrawn(tmp_path: Path) -> None
     assert jobs.used([], {1}) == (Evidence((), ()), None)
 
 
+def test_what_a_job_did_not_come_to_is_free_for_the_next(tmp_path: Path) -> None:
+    job = Jobs(tmp_path).create(spec(), Evidence(("a", "b", "c"), ("d",), 7))
+    assert (job.evidence, job.evidence.all) == (Evidence(("a", "b", "c"), ("d",), 7), 11)
+    assert job.settled == Evidence(("a", "b", "c"), ("d",))
+    (job.folder / "result.json").write_text('{"unseen": [0, 2]}')
+    job.published(2)
+    assert jobs.used([job], {2})[0] == job.settled == Evidence(("b",), ("d",))
+
+
 def test_a_job_ends_with_the_one_who_started_it(tmp_path: Path) -> None:
     made = Jobs(tmp_path)
     made.stop()  # nothing runs
@@ -138,8 +154,9 @@ def test_a_job_ends_with_the_one_who_started_it(tmp_path: Path) -> None:
     assert job.result is None  # it runs again
 
 
-def test_what_was_too_long_was_not_learnt() -> None:
+def test_what_was_too_long_or_not_seen_was_not_learnt() -> None:
     whole = spec()
+    assert jobs.learnt(whole, {"left_out": [1], "unseen": [2]}) == [whole.train[0]]
     assert jobs.learnt(whole, {"left_out": [1]}) == [whole.train[0], whole.train[2]]
     assert jobs.learnt(whole, {}) == list(whole.train)
 
