@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -23,7 +23,7 @@ from bench import human, skills
 from cloud import adapt, anchors
 from cloud.gate.gate import base_kl
 from cloud.learners import prompts
-from cloud.learners.config import LearnerConfig
+from cloud.learners.config import LearnerConfig, read_options
 from cloud.learners.course import Control
 from cloud.learners.precision import narrow
 from cloud.students import importer
@@ -153,20 +153,7 @@ def options(pairs: list[str]) -> LearnerConfig:
     Raises:
         InvalidInputError: no such option, or a value that it cannot take.
     """
-    known = {f.name for f in fields(LearnerConfig)}
-    given: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in known:
-            msg = f"a learner has no option {name!r}: choose from {', '.join(sorted(known))}"
-            raise InvalidInputError(msg)
-        try:
-            given[name] = json.loads(value)
-        except json.JSONDecodeError:
-            given[name] = value
-        if isinstance(given[name], list):
-            given[name] = tuple(given[name])
-    return here(LearnerConfig.named("sdft", **given))
+    return here(LearnerConfig.named("sdft", **read_options(pairs)))
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -135,6 +135,14 @@ def cloud(
     budget: Annotated[
         float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")
     ] = 0,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="OPTION=VALUE",
+            help="Another option of the learner, such as rank=8 or fallback=stop; may be repeated.",
+        ),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="Of products: fp32, bf16, or auto: bf16 where the processor has it.")
     ] = "auto",
@@ -187,17 +195,17 @@ def cloud(
     from cloud.evidence.quota import EvidenceLimits  # noqa: PLC0415  # as above
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
     from cloud.identity.security import TlsConfig  # noqa: PLC0415  # as above
-    from cloud.learners.config import LearnerConfig  # noqa: PLC0415  # as above
+    from cloud.learners.config import LearnerConfig, read_options  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
     from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
     from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
-    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
+    changes: dict[str, Any] = {"steps": steps, "budget_seconds": budget, "precision": precision}
+    if learning_rate is not None:
+        changes["learning_rate"] = learning_rate
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
-        learner=LearnerConfig.named(
-            learner, steps=steps, budget_seconds=budget, precision=precision, **rate
-        ),
+        learner=LearnerConfig.named(learner, **(changes | read_options(options or ()))),
         gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
         threads=threads,
         delta_share=delta_share,

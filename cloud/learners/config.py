@@ -6,11 +6,15 @@ paper's recipe (Shenfeld et al., arXiv 2601.19897).
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
 from protos.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Method = Literal["sdft", "sft"]
 Divergence = Literal["forward", "reverse", "js"]
@@ -25,12 +29,15 @@ Precision = Literal["auto", "fp32", "bf16"]
 _TINY = 1e-12
 _RANGES = {
     (1, math.inf, "at least 1"): ("steps", "batch", "row_tokens", "cap", "shown", "anchor_tokens"),
-    (_TINY, math.inf, "it is above 0"): ("learning_rate", "temperature", "sharpness", "clip"),
+    (_TINY, math.inf, "it is above 0"): (
+        *("learning_rate", "temperature", "sharpness", "clip", "alpha"),
+    ),
     (_TINY, 1 - _TINY, "it lies between 0 and 1"): ("js_beta",),
     (0, 1, "between 0 and 1"): ("guidance", "ema_rate", "proximal", "hint"),
     (0, math.inf, "it is not negative"): (
         *("top_k", "skip", "rank", "anchor_batch", "replay_batch", "anchor_weight"),
         *("replay_weight", "base_weight", "ewc", "budget_seconds", "weight_decay"),
+        *("warmup", "checkpoint_seconds"),
     ),
 }
 
@@ -73,9 +80,13 @@ class LearnerConfig:
     ``anchor_tokens`` of each), ``replay_weight`` and ``replay_batch`` (earlier demonstrations as
     the release before said them), ``ewc`` (elastic weight consolidation's lambda).
 
-    Optimisation: AdamW, ``schedule`` (``plateau`` then a linear last third, or ``cosine``).
-    ``budget_seconds`` 0 is none; else the schedule follows the clock and ends in time.
-    ``row_tokens`` bounds memory: so many tokens are computed at once, what they share laid once.
+    Optimisation: AdamW with decoupled ``weight_decay``, ``steps`` of ``batch`` lessons; the
+    ``learning_rate`` is reached in ``warmup`` steps and follows ``schedule`` (``plateau`` then a
+    linear last third, or ``cosine``); gradients are clipped to a norm of ``clip``. ``seed`` decides
+    draws, samples and adapters. ``budget_seconds`` 0 is none; else the schedule follows the clock
+    and ends in time. ``checkpoint_seconds`` lie at least between two checkpoints.
+    ``row_tokens`` bounds memory: so many tokens are computed at once (or one sequence, where it is
+    longer), what they share laid once.
     ``precision`` is that of matrix products: ``fp32``, ``bf16``, or ``auto``: bfloat16 where the
     processor multiplies it by itself (:mod:`cloud.learners.precision`).
     """
@@ -196,7 +207,43 @@ class LearnerConfig:
         return fixed and self.top_k > 0
 
 
-def _refuse(why: str) -> None:
+def read_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Options from words, ``name=value``: values are JSON, or plain text.
+
+    >>> read_options(["rank=8", "layers=[0.0, 1.0]", "fallback=stop"])
+    {'rank': 8, 'layers': (0.0, 1.0), 'fallback': 'stop'}
+
+    Raises:
+        InvalidInputError: no such option, or a value of another kind.
+    """
+    defaults, given = asdict(LearnerConfig()), {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in defaults:
+            _refuse(f"a learner has no option {name!r}: choose from {', '.join(sorted(defaults))}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        given[name] = tuple(value) if isinstance(value, list) else value
+        if not _alike(given[name], defaults[name]):
+            like = json.dumps(defaults[name]).strip('"')
+            _refuse(f"{pair}: a value of another kind is wanted, such as {name}={like}")
+    return given
+
+
+def _alike(value: object, default: object) -> bool:
+    """Whether a value is of its option's kind; whole numbers are fractions, too."""
+    if isinstance(default, tuple):
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(default)
+            and all(_alike(v, d) for v, d in zip(value, default, strict=True))
+        )
+    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+
+
+def _refuse(why: str) -> NoReturn:
     raise InvalidInputError(why)
 
 
@@ -236,4 +283,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_ALONE,
     },
 }
-"""Learners by name, as what differs from the default."""
+"""Learners by name, as what differs from ``LearnerConfig()``, which is ``sdft``."""

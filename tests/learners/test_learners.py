@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cloud.learners.config import PRESETS, LearnerConfig
+from cloud.learners.config import PRESETS, LearnerConfig, read_options
 from cloud.learners.course import Control, Course
 from cloud.learners.learner import learn
 from cloud.learners.model import SplitModel
@@ -229,6 +229,33 @@ def test_an_unknown_learner_or_option_is_named_with_what_there_is() -> None:
         small("sdft", rollouts="on-policy")
     with pytest.raises(InvalidInputError, match="embeddings train only with all layers"):
         small("sdft", embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("speed=9", "no option 'speed': choose from alpha"),
+        ("rank", "such as rank=0"),
+        ("steps=many", "such as steps=75"),
+        ("steps=7.5", "such as steps=75"),
+        ("embeddings=1", "such as embeddings=false"),
+        ("layers=0.5", r"such as layers=\[0.5, 1.0\]"),
+        ("layers=[0.5]", r"such as layers=\[0.5, 1.0\]"),
+        ("hint=[true, 0]", "such as hint"),
+        ("method=7", "such as method=sdft"),
+    ],
+)
+def test_a_word_that_is_no_option_says_what_would_be(word: str, said: str) -> None:
+    with pytest.raises(InvalidInputError, match=said):
+        read_options([word])
+
+
+def test_words_make_a_learner() -> None:
+    words = ["layers=[0, 1]", "rank=8", "alpha=4", "fallback=stop", 'schedule="cosine"']
+    made = LearnerConfig.named("sft", **read_options(words))
+    assert made == LearnerConfig.named(
+        "sft", layers=(0, 1), rank=8, alpha=4.0, fallback="stop", schedule="cosine"
+    )
 
 
 def test_the_anchor_holds_the_student_to_the_base(tiny_folder: Path) -> None:
