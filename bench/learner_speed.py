@@ -9,7 +9,7 @@ bfloat16, TRL's too, where the processor multiplies it by itself (``bf16`` in th
   sharing);
 - sft: cross-entropy on the same batches and layers;
 - sdft_fp32, sft_fp32, trl_fp32: the same in fp32;
-- sdft_with_anchors: sdft with its anchors;
+- sdft_with_anchors: sdft with its anchors; sft_with_anchors: the default learner with its own;
 - sdft_paper: the paper's recipe by our code (all layers and embeddings, averaged teacher, sampled
   answers of at most 40 tokens, full vocabulary);
 - trl: the paper's recipe by TRL, in an environment of its own (``bench/peers/trl_sdft.py``).
@@ -52,7 +52,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft_fp32": ("sft", ALONE | {"precision": "fp32"}),
     "sdft_fp32": ("sdft", ALONE | {"precision": "fp32"}),
     "sdft_with_anchors": ("sdft", {}),
-    "sdft_paper": ("sdft-paper", {"cap": CAP, "mask_truncated": False}),
+    "sft_with_anchors": ("sft-anchored", {}),
+    "sdft_paper": ("sdft-paper", {"cap": CAP}),
 }
 PEERS = ("trl", "trl_fp32")
 
