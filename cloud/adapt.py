@@ -8,6 +8,7 @@ last checkpoint and comes to the same result.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -17,12 +18,12 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from cloud import anchors
 from cloud.encoder import Encoder
@@ -43,10 +44,10 @@ from cloud.students.candidates import (
     remove_leftovers,
 )
 from edge.delta import save_updates
-from edge.delta.files import storage_errors, write_atomic
+from edge.delta.files import write_atomic
 from edge.process import end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
-from protos.errors import AnabranchError, StorageError, TrainingError
+from protos.errors import AnabranchError, TrainingError
 from protos.prompt import Message, Shown
 
 if TYPE_CHECKING:
@@ -222,11 +223,7 @@ def _judged(
         if verdict.passed:
             break
         log.info("the gate refuses the update by %s: %s", candidate.way, verdict.to_json())
-    with storage_errors("writing what was learnt"):
-        try:
-            save_file(candidate.parameters, job / LEARNT)
-        except SafetensorError as error:  # its words for a full disk
-            raise OSError(str(error)) from error
+    write_atomic(job / LEARNT, save(candidate.parameters))
     if candidate.updates:
         save_updates(candidate.updates, job / UPDATES)
     else:
@@ -242,20 +239,18 @@ def fitting(spec: Spec) -> Spec:
     harness, context = read_harness(spec.current), read_config(spec.current)["context_length"]
     encoder = Encoder.of(spec.current)
 
-    def fits(demonstration: Shown) -> bool:
+    def fits(demonstration: Shown, *, taught: bool = False) -> bool:
         lesson = encoder.lesson(demonstration, spec.learner)
         answer = max(harness.max_tokens, len(lesson.student.answer))
         asked = len(lesson.student.prefix) + len(lesson.student.prompt)
-        return asked + answer <= context and len(lesson.student.tail) <= _LONGEST
+        seen = lesson.teacher if taught else lesson.student
+        return asked + answer <= context and len(seen.tail) <= _LONGEST
 
-    def teaches(demonstration: Shown) -> bool:
-        tail = encoder.lesson(demonstration, spec.learner).teacher.tail
-        return spec.learner.method != "sdft" or len(tail) <= _LONGEST
-
+    learnt = partial(fits, taught=spec.learner.method == "sdft")
     return replace(
         spec,
-        train=tuple(d for d in spec.train if fits(d) and teaches(d)),
-        held_out=tuple(d for d in spec.held_out if fits(d) and teaches(d)),
+        train=tuple(filter(learnt, spec.train)),
+        held_out=tuple(filter(learnt, spec.held_out)),
         replay=tuple(filter(fits, spec.replay)),
         earlier=tuple(filter(fits, spec.earlier)),
     )
@@ -355,24 +350,32 @@ def main() -> int:
     job = Path(sys.argv[1])
     try:
         result = run(job)
-    except AnabranchError as error:
-        if isinstance(error, StorageError):
+    except Exception as error:
+        if _full(error):
             log.error("the job stopped: %s", error)  # noqa: TRY400  # the message is for people
             return NO_ROOM
-        log.error("the job failed: %s", error)  # noqa: TRY400  # as above
-        write_failure(job, str(error))
-        return 1
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            log.error("the job stopped: %s", error)  # noqa: TRY400  # as above
-            return NO_ROOM
-        # A fault of ours or of the machine: said once, because the same input fails the same way.
-        log.exception("the job failed")
-        write_failure(job, f"{type(error).__name__}: {error}; log.txt says where")
+        if isinstance(error, AnabranchError):
+            log.error("the job failed: %s", error)  # noqa: TRY400  # as above
+            why = str(error)
+        else:
+            # A fault of ours or of the machine: said once, the same input fails the same way.
+            log.exception("the job failed")
+            why = f"{type(error).__name__}: {error}; log.txt says where"
+        write_failure(job, why)
         return 1
     log.info("gate %s: %s", "passed" if result["passed"] else "failed", result["checks"])
     return 0
 
 
+def _full(error: BaseException | None) -> bool:
+    """Whether the disk is full, or a quota is used up, and nothing else is wrong with it."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return error is not None and _full(error.__cause__)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)  # where the log cannot be written, an orderly exit would have another code

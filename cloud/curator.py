@@ -20,7 +20,7 @@ from cloud.policy import PolicyConfig, Situation, decide
 from cloud.rollout.state import Phase
 from cloud.students.candidates import DELTA_SHARE
 from edge.student.bundle import WEIGHTS, digest, sha256_file
-from protos.errors import InvalidInputError, StorageError
+from protos.errors import InvalidInputError
 from protos.v1 import device_pb2, release_pb2
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ class Curator:
         self._config = config
         self._metrics = CuratorMetrics(registry)
         self._reason = ""
-        self._started: dict[str, int] = {}
         self._ended = {job.name for job in jobs.all() if job.result is not None}
 
     def begin(self) -> None:
@@ -154,19 +153,12 @@ class Curator:
 
     def _again(self, job: Job) -> None:
         """Run a job that a crash interrupted, but not one that crashes whenever it runs."""
-        if self._jobs.no_room:
-            self._jobs.no_room = False
-            self._started[job.name] = 0
-            msg = f"job {job.name} was stopped by its disk and goes on: free space; see log.txt"
-            raise StorageError(msg)
-        if self._started.get(job.name, 0) >= _ATTEMPTS:
+        if self._jobs.disk_full:
+            return
+        if self._jobs.tries.get(job.name, 0) >= _ATTEMPTS:
             job.failed(f"its process ended {_ATTEMPTS} times without a result; see log.txt")
             return
         log.info("job %s has no result: it runs again", job.name)
-        self._start(job)
-
-    def _start(self, job: Job) -> None:
-        self._started[job.name] = self._started.get(job.name, 0) + 1
         self._jobs.start(job)
 
     def _first(self, job: Job) -> bool:
@@ -216,7 +208,7 @@ class Curator:
         used, last = job_rules.used(jobs, alive)
         fresh = self._fresh(used)
         self._metrics.unlearned.labels(self._channel).set(len(fresh))
-        decision = decide(self._situation(jobs, alive, len(fresh)), self._config.policy)
+        decision = decide(self._situation(jobs, alive, {d.id for d in fresh}), self._config.policy)
         kind = re.sub(r"\d+", "", decision.reason)
         if kind != self._reason:  # the numbers in it grow with every demonstration
             log.info("policy: %s", decision.reason)
@@ -231,10 +223,10 @@ class Curator:
         found = (self._releases.find(self._channel, v) for v in versions)
         return {r.version for r in found if r is not None and not r.withdrawn}
 
-    def _fresh(self, used: job_rules.Evidence) -> list[device_pb2.Demonstration]:
+    def _fresh(self, used: job_rules.Used) -> list[device_pb2.Demonstration]:
         latest = self._releases.latest(self._channel)
         learned = latest.manifest.learned_from if latest else ()
-        taken = {*used.learn, *used.held_out, *learned}
+        taken = {*used.learnt, *used.held_out, *used.left_out, *learned}
         rows = self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
         alarms = job_rules.alarms(self._evidence.drift_reports(self._channel))
         # Who says again what is held out says nothing new; learnt, it would test nothing any more.
@@ -242,7 +234,7 @@ class Curator:
         newest = [d for d in job_rules.newest_each(rows, taken) if job_rules.shown(d) not in held]
         return job_rules.lessons(newest, alarms)
 
-    def _situation(self, jobs: list[Job], alive: set[int], fresh: int) -> Situation:
+    def _situation(self, jobs: list[Job], alive: set[int], fresh: Collection[str]) -> Situation:
         rollout = self._driver.state(self._channel)
         devices = {d.device: d.student for d in self._evidence.devices(self._channel)}
         # A commit is told to the rollout first; the birth that says so here may come after it.
@@ -255,15 +247,19 @@ class Curator:
         if latest is not None and not latest.signed:
             busy = f"release {latest.version} waits to be signed"
         last = jobs[-1] if jobs else None
-        failed = 0
-        if last is not None and last.version not in alive:
-            # Its gate refused it, or people did: the same evidence would lead to the same again.
-            failed = last.evidence.all
-        return Situation(len(devices), len(drifted), fresh, busy, failed)
+        failed = left = 0
+        if last is not None:
+            # What still counts of it: old evidence falls out of view.
+            ours = {*last.evidence.learn, *last.evidence.held_out}.intersection(fresh)
+            left = len(set(last.evidence.waiting).intersection(fresh))
+            if last.version not in alive:
+                # Its gate refused it, or people did: the same would lead to the same again.
+                failed, left = len(ours) + left, 0
+        return Situation(len(devices), len(drifted), len(fresh), busy, failed, left)
 
     def _adapt(
         self,
-        used: job_rules.Evidence,
+        used: job_rules.Used,
         last: Job | None,
         fresh: list[device_pb2.Demonstration],
     ) -> None:
@@ -285,7 +281,7 @@ class Curator:
         replay = [
             d
             for d in (
-                *job_rules.sample(self._by_ids(used.learn)),
+                *job_rules.sample(self._by_ids(used.learnt)),
                 *job_rules.sample(confirmed, _CONFIRMED),
             )
             if job_rules.shown(d).messages not in new | tested
@@ -305,15 +301,16 @@ class Curator:
             release=latest.version,
             delta_share=self._config.delta_share if self._holds(latest, last) else 0.0,
         )
-        waiting = len(fresh) - len(learn) - len(held)
-        ids = tuple(d.id for d in learn), tuple(d.id for d in held)
-        job = self._jobs.create(spec, job_rules.Evidence(*ids, waiting))
+        taken = {d.id for d in (*learn, *held)}
+        waiting = [d for d in fresh if d.id not in taken]
+        ids = (tuple(d.id for d in part) for part in (learn, held, waiting))
+        job = self._jobs.create(spec, job_rules.Evidence(*ids))
         log.info(
             "job %s: %d demonstrations to learn (%d more wait), %d held out, %d replayed, "
             "%d earlier",
-            *(job.name, len(learn), waiting, len(held), len(replay), len(spec.earlier)),
+            *(job.name, len(learn), len(waiting), len(held), len(replay), len(spec.earlier)),
         )
-        self._start(job)
+        self._jobs.start(job)
 
     def _holds(self, latest: Release, last: Job | None) -> bool:
         """Whether the release in service holds what learning goes on from.

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from cloud.adapt import (
     CANDIDATE,
@@ -35,7 +37,7 @@ from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from edge.delta import Update
@@ -47,23 +49,25 @@ _HELD_OUT = (8, 40)
 REPLAY = 300
 """As many as a job of the default length draws: what is not replayed of facts is forgotten."""
 _NEVER_MS = 1 << 62
+_FULL_S = 600.0  # a job that finds the disk full again has trained in vain
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Ids of the demonstrations a job learns and of those it holds out; how many more there were.
-
-    Those wait for another job: this one has enough.
-    """
+    """Ids of demonstrations: what a job learns, what it holds out, what waits for another job."""
 
     learn: tuple[str, ...]
     held_out: tuple[str, ...]
-    waiting: int = 0
+    waiting: tuple[str, ...] = ()
 
-    @property
-    def all(self) -> int:
-        """How many demonstrations there were when the job was made."""
-        return len(self.learn) + len(self.held_out) + self.waiting
+
+@dataclass(frozen=True)
+class Used:
+    """Ids of demonstrations that no job takes again: learnt, held out, left out as too long."""
+
+    learnt: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 class Job:
@@ -104,14 +108,18 @@ class Job:
     def evidence(self) -> Evidence:
         """What it learns and what it holds out."""
         note = self._read("evidence.json") or {"learn": [], "held_out": []}
-        return Evidence(tuple(note["learn"]), tuple(note["held_out"]), note.get("waiting", 0))
+        return Evidence(**{name: tuple(ids) for name, ids in note.items()})
 
     @property
-    def settled(self) -> Evidence:
+    def used(self) -> Used:
         """Its evidence but for what its steps did not come to, which waits for another job."""
-        unseen = set((self.result or {}).get("unseen", ()))
-        learn = tuple(d for i, d in enumerate(self.evidence.learn) if i not in unseen)
-        return Evidence(learn, self.evidence.held_out)
+        result, evidence = self.result or {}, self.evidence
+        left_out, unseen = (set(result.get(n, ())) for n in ("left_out", "unseen"))
+        return Used(
+            tuple(d for i, d in enumerate(evidence.learn) if i not in left_out | unseen),
+            evidence.held_out,
+            tuple(d for i, d in enumerate(evidence.learn) if i in left_out),
+        )
 
     @property
     def candidate(self) -> Path:
@@ -148,15 +156,36 @@ class Job:
         write_failure(self.folder, why)
 
 
-class Jobs:
-    """All jobs of a cloud, and the one that runs."""
+class Process(Protocol):
+    """What is used of a :class:`subprocess.Popen`."""
 
-    def __init__(self, folder: Path) -> None:
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self) -> int:
+        """Wait until it has."""
+
+
+class Jobs:
+    """All jobs of a cloud, and the one that runs.
+
+    Args:
+        folder: of all jobs.
+        clock: in seconds.
+    """
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
+        self._clock = clock
+        self._process: Process | None = None
+        self._name = ""
         self._log: IO[bytes] | None = None
-        self.no_room = False
-        """Whether the disk stopped the process that ran last."""
+        self._full_until = -math.inf
+        self.tries: dict[str, int] = {}
+        """How often each job was started, but for those that a full disk stopped."""
 
     def all(self) -> list[Job]:
         """Jobs from the first to the latest."""
@@ -183,7 +212,11 @@ class Jobs:
         """Run a job in a process that ends with this one."""
         with storage_errors(f"opening the log of job {job.name}"):
             self._log = (job.folder / "log.txt").open("ab")
-        self._process = subprocess.Popen(  # noqa: S603  # our own module and folder
+        self._process, self._name = self._spawn(job), job.name
+        self.tries[job.name] = self.tries.get(job.name, 0) + 1
+
+    def _spawn(self, job: Job) -> Process:
+        return subprocess.Popen(  # noqa: S603  # our own module and folder
             [sys.executable, "-m", "cloud.adapt", str(job.folder)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -193,11 +226,19 @@ class Jobs:
 
     def running(self) -> bool:
         """Whether a job's process runs."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or (code := self._process.poll()) is None:
             return self._process is not None
-        self.no_room = self._process.returncode == NO_ROOM
+        if code == NO_ROOM:
+            log.error("job %s was stopped by a full disk: free space, it goes on", self._name)
+            self._full_until = self._clock() + _FULL_S
+            del self.tries[self._name]
         self._close()
         return False
+
+    @property
+    def disk_full(self) -> bool:
+        """Whether a full disk stopped a job a short time ago: it is not tried again at once."""
+        return self._clock() < self._full_until
 
     def stop(self) -> None:
         """End the running process; its job is run again at the next start."""
@@ -313,10 +354,13 @@ def answered(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
     return [d for d, c in zip(asked, result["canaries"], strict=True) if c["answer"] == d.answer]
 
 
-def used(jobs: Sequence[Job], alive: Collection[int]) -> tuple[Evidence, Job | None]:
-    """Evidence of the jobs whose releases still count, and the latest of them."""
+def used(jobs: Sequence[Job], alive: Collection[int]) -> tuple[Used, Job | None]:
+    """What the jobs have used whose releases still count, and the latest of them."""
     counted = [j for j in jobs if j.version in alive]
-    settled = [j.settled for j in counted]
-    learn = tuple(i for e in settled for i in e.learn)
-    held = tuple(i for e in settled for i in e.held_out)
-    return Evidence(learn, held), counted[-1] if counted else None
+    each = [job.used for job in counted]
+    together = Used(
+        tuple(i for u in each for i in u.learnt),
+        tuple(i for u in each for i in u.held_out),
+        tuple(i for u in each for i in u.left_out),
+    )
+    return together, counted[-1] if counted else None

@@ -25,13 +25,18 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known of one channel."""
+    """What is known of one channel.
+
+    ``failed_with`` is how much of the evidence there was when an attempt failed; ``left`` what
+    waits because the last job, which did not fail, had enough: it needs no new alarm.
+    """
 
     devices: int
     drifted: int
     unlearned: int
     busy: str = ""
     failed_with: int = 0
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,14 @@ def decide(situation: Situation, config: PolicyConfig) -> Decision:
     Decision(adapt=True, layer='weights', reason='2 of 3 devices drifted, 150 demonstrations')
     >>> decide(Situation(devices=3, drifted=0, unlearned=150), PolicyConfig()).reason
     'no drift: 0 of 3 devices, 2 needed'
+    >>> decide(Situation(devices=3, drifted=0, unlearned=150, left=130), PolicyConfig()).reason
+    '130 demonstrations waited for the job before'
     """
     if situation.busy:
         return Decision(adapt=False, layer="context", reason=f"busy: {situation.busy}")
+    if situation.left >= config.demonstrations:
+        reason = f"{situation.left} demonstrations waited for the job before"
+        return Decision(adapt=True, layer="weights", reason=reason)
     needed = max(1, -int(-situation.devices * config.drifted_share // 1))
     if situation.drifted < needed:
         reason = f"no drift: {situation.drifted} of {situation.devices} devices, {needed} needed"

@@ -26,7 +26,7 @@ log = logging.getLogger("anabranch.learners")
 
 _SCORES, _STATE = "scores.pt", "checkpoint.pt"
 _FORMAT = 2
-"""Of both files; it is part of their key. Format 1 had neither seconds nor lessons seen."""
+"""Part of every key. Format 1 had neither seconds nor lessons seen."""
 
 
 def key_of(what: object, *weights: Mapping[str, torch.Tensor]) -> str:

@@ -171,7 +171,7 @@ class LearnerConfig:
             for name in names:
                 value = getattr(self, name)
                 parts = value if isinstance(value, tuple) else (value,)
-                if not all(low <= part <= high for part in parts):
+                if not all(low <= part <= high and math.isfinite(part) for part in parts):
                     _refuse(f"{name} is {value}: {words}")
 
     @classmethod

@@ -78,7 +78,7 @@ def _learn(
     files = Checkpoints(
         control.folder, key_of((course, config, model.bf16), model.weights(), learnt)
     )
-    scores, imported = score_all(model, course, config, control, files, learnt)
+    scores, imported = score_all(model, course, config, control, files, learnt, began=began)
     measured = _worth(course, scores)
     method = _method(config, measured)
     if config.rank:

@@ -36,13 +36,15 @@ def score_all(
     control: Control,
     files: Checkpoints,
     learnt: Mapping[str, torch.Tensor],
+    *,
+    began: float,
 ) -> tuple[dict[str, list[Target]], Upper | None]:
     """Score a course, and load the release before.
 
     The imported model speaks first (``anchors``; ``teacher`` and ``held_teacher`` if it teaches;
     ``base``: the lessons without being shown them). Then ``learnt`` is loaded, and the student as
     the job finds it speaks (``replay``, ``held_student``). Kept scores are not made again; those of
-    the anchors are kept for other jobs, too.
+    the anchors are kept for other jobs, too. The budget counts from ``began`` by the job's clock.
 
     Raises:
         TrainingError: the budget ended.
@@ -67,7 +69,7 @@ def score_all(
         early, late = _wanted(course, config)
         if known is None:
             early = {"anchors": anchors, **early}
-        scoring = _Scoring(model, config, control, [*early.values(), *late.values()])
+        scoring = _Scoring(model, config, control, [*early.values(), *late.values()], began)
         scoring.run(early)
         if known is None:
             memory.save(scoring.found["anchors"])
@@ -116,11 +118,12 @@ class _Scoring:
         config: LearnerConfig,
         control: Control,
         groups: Sequence[Sequence[Example]],
+        began: float,
     ) -> None:
         self._model = model
         self._config = config
         self._control = control
-        self._began = control.clock()
+        self._began = began
         self._total = sum(example.length for group in groups for example in group)
         self._done = 0
         self.found: dict[str, list[Target]] = {name: [] for name in _NAMES}

@@ -83,7 +83,13 @@ def spec(**fields: Any) -> Spec:  # noqa: ANN401
 
 
 def finish(
-    job: Job, student: str, answer: str, *, passed: bool = True, unseen: Sequence[int] = ()
+    job: Job,
+    student: str,
+    answer: str,
+    *,
+    passed: bool = True,
+    left_out: Sequence[int] = (),
+    unseen: Sequence[int] = (),
 ) -> None:
     """Write what the process of a job writes at its end; its student gives one answer to all."""
     whole = Spec.from_json((job.folder / "spec.json").read_text())
@@ -95,7 +101,7 @@ def finish(
         "sdft_seconds": 1.0,
         "peak_mb": 700.0,
         "teacher": {"gain": 1.5},
-        "left_out": [],
+        "left_out": list(left_out),
         "unseen": list(unseen),
         "canaries": [
             {"messages": [asdict(m) for m in d.messages], "answer": answer}

@@ -23,11 +23,11 @@ from cloud.gate import gate
 from cloud.gate.gate import GateConfig, Verdict
 from cloud.jobs import Job
 from cloud.learners.config import LearnerConfig
-from edge.delta.files import AtomicFile
+from edge.delta.files import AtomicFile, storage_errors
 from edge.process import PARENT
 from edge.student.bundle import digest
 from edge.student.runtime import Decoding, Student
-from protos.errors import StorageError, TrainingError
+from protos.errors import TrainingError
 from protos.prompt import Message, Shown, chat
 
 if TYPE_CHECKING:
@@ -203,9 +203,9 @@ def test_evidence_that_is_all_too_long_is_said_to_be(tiny_student: Path, tmp_pat
         adapt.run(tmp_path / "0001")
 
 
-@pytest.mark.parametrize("error", [StorageError("disk"), OSError(errno.ENOSPC, "disk")])
+@pytest.mark.parametrize("full_from", ["checkpoint.pt", "candidate"])
 def test_a_full_disk_stops_a_job_and_the_next_run_goes_on(
-    error: Exception,
+    full_from: str,
     tiny_student: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -215,26 +215,52 @@ def test_a_full_disk_stops_a_job_and_the_next_run_goes_on(
     real(tiny_student, job, learner=replace(FAR, steps=6, checkpoint_seconds=0.0))
 
     def full(file: AtomicFile, data: bytes) -> None:
-        if (job / "checkpoint.pt").exists():
-            raise StorageError(str(error))
+        with storage_errors("writing"):
+            if (job / full_from).exists():
+                raise OSError(errno.ENOSPC, "No space left on device")
         write(file, data)
-
-    def stop(*_: Any) -> None:  # noqa: ANN401
-        raise error
 
     monkeypatch.setattr(sys, "argv", ["adapt", str(job)])
     with monkeypatch.context() as patched:
         patched.setattr(AtomicFile, "write", full)
-        patched.setattr(adapt, "_judged", stop)
         assert adapt.main() == adapt.NO_ROOM
     assert not (job / "result.json").exists()
     assert (job / "checkpoint.pt").exists()
-    assert caplog.text.count("progress is not written") == 1
+    assert caplog.text.count("progress is not written") == (full_from == "checkpoint.pt")
     with caplog.at_level(logging.INFO):
         assert adapt.main() == 0
-    assert "going on after step 1" in caplog.text
+    assert "going on after step" in caplog.text
     assert json.loads((job / "result.json").read_text())["steps"] == 6
     assert not (job / "checkpoint.pt").exists()
+
+
+def test_another_fault_of_the_disk_is_a_failure(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "0001"
+    real(tiny_student, job)
+
+    def broken(*_: Any) -> None:  # noqa: ANN401
+        with storage_errors("writing the student"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "argv", ["adapt", str(job)])
+    monkeypatch.setattr(adapt, "_judged", broken)
+    assert adapt.main() == 1
+    assert "Input/output error" in json.loads((job / "result.json").read_text())["error"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_job_whose_log_cannot_be_written_still_says_by_its_code_that_the_disk_is_full(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    """An orderly exit of the interpreter would end with 120."""
+    job = tmp_path / "0001"
+    real(tiny_student, job)
+    (job / "result.json.tmp").symlink_to("/dev/full")
+    with Path("/dev/full").open("wb") as log:
+        command = [sys.executable, "-m", "cloud.adapt", str(job)]
+        assert subprocess.run(command, stderr=log, check=False).returncode == adapt.NO_ROOM
 
 
 def test_nothing_to_learn_is_said(tiny_student: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cloud.adapt import Spec
+from cloud.adapt import NO_ROOM, Spec
 from cloud.curator import Curator, CuratorConfig
 from cloud.db import open_database
 from cloud.evidence.store import EvidenceStore
@@ -29,7 +29,7 @@ from protos.errors import InvalidInputError, StorageError
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from cloud.releases.store import Release
@@ -52,23 +52,35 @@ else:
     )
 
 
+class StillProcess:
+    """Does nothing, and ends when the test says so."""
+
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def terminate(self) -> None:
+        self.code = 1
+
+    def wait(self) -> int:
+        return self.code or 0
+
+
 class StillJobs(Jobs):
-    """Jobs whose processes do nothing: they are started, and end when the test says so."""
+    """Jobs whose processes do nothing."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, *, clock: Callable[[], float]) -> None:
+        super().__init__(folder, clock=clock)
         self.started: list[str] = []
-        self.busy = False
 
-    def start(self, job: Job) -> None:
+    def _spawn(self, job: Job) -> StillProcess:
         self.started.append(job.name)
-        self.busy = True
+        self.process = StillProcess()
+        return self.process
 
-    def running(self) -> bool:
-        return self.busy
-
-    def end(self) -> Job:
-        self.busy = False
+    def end(self, code: int = 0) -> Job:
+        self.process.code = code
         return self.all()[-1]
 
 
@@ -93,7 +105,7 @@ class Cloud:
             registry=self.registry,
         )
         self.driver = RolloutDriver(engine=self.engine, clock=clock, registry=self.registry)
-        self.jobs = StillJobs(self.folder / "jobs")
+        self.jobs = StillJobs(self.folder / "jobs", clock=clock)
         self.curator = Curator(
             channel="home",
             bundle=self.student,
@@ -137,15 +149,22 @@ class Cloud:
         """Devices drift, and a job runs."""
         self.hear(given)
         self.curator.tick()
-        assert self.jobs.busy
+        assert self.jobs.running()
         return self.jobs.end()
 
     def learn(
-        self, job: Job, *, changed: int = 1, right: bool = True, unseen: Sequence[int] = ()
+        self,
+        job: Job,
+        *,
+        changed: int = 1,
+        right: bool = True,
+        left_out: Sequence[int] = (),
+        unseen: Sequence[int] = (),
     ) -> None:
         """The job's process writes a candidate, and that its gate passed."""
         write_bundle(job.candidate, changed=changed)
-        finish(job, digest(job.candidate), "right" if right else "wrong", unseen=unseen)
+        answer = "right" if right else "wrong"
+        finish(job, digest(job.candidate), answer, left_out=left_out, unseen=unseen)
 
     def counted(self, result: str) -> float | None:
         labels = {"channel": "home", "result": result}
@@ -333,7 +352,7 @@ def test_a_job_without_a_result_runs_again_after_a_restart(cloud: Cloud) -> None
 def test_a_job_that_always_crashes_is_given_up(cloud: Cloud) -> None:
     cloud.adapt(demonstrations(24))
     for _ in range(6):
-        cloud.jobs.busy = False
+        cloud.jobs.end(1)
         cloud.curator.tick()
     assert cloud.jobs.started == ["0001"] * 3
     result = cloud.jobs.all()[-1].result
@@ -342,12 +361,14 @@ def test_a_job_that_always_crashes_is_given_up(cloud: Cloud) -> None:
     assert cloud.counted("failed") == 1
 
 
-def test_a_job_that_its_disk_stopped_is_never_given_up(cloud: Cloud) -> None:
+def test_a_job_that_a_full_disk_stopped_goes_on_later_and_is_never_given_up(cloud: Cloud) -> None:
     cloud.adapt(demonstrations(24))
     for number in range(2, 7):
-        cloud.jobs.no_room, cloud.jobs.busy = True, False
-        with pytest.raises(StorageError, match=r"job 0001 was stopped by its disk.*log\.txt"):
+        cloud.jobs.end(NO_ROOM)
+        for _ in range(3):
             cloud.curator.tick()
+        assert len(cloud.jobs.started) == number - 1
+        cloud.now += 700
         cloud.curator.tick()
         assert cloud.jobs.started == ["0001"] * number
     assert cloud.jobs.all()[-1].result is None
@@ -368,13 +389,15 @@ def test_more_than_the_steps_can_learn_waits_for_the_next_job(cloud: Cloud) -> N
     given = demonstrations(60)
     first = cloud.adapt(given)
     assert (len(first.evidence.learn), len(first.evidence.held_out)) == (8, 9)
-    assert first.evidence.waiting == 43
+    assert len(first.evidence.waiting) == 43
     cloud.learn(first)
     cloud.curator.tick()
     taken = {*first.evidence.learn, *first.evidence.held_out}
     assert set(cloud.latest().manifest.learned_from) == taken
     cloud.deliver()
-    second = cloud.adapt([])
+    cloud.curator.tick()  # although nobody has raised an alarm on the new student
+    second = cloud.jobs.end()
+    assert second.name == "0002"
     assert taken.isdisjoint((*second.evidence.learn, *second.evidence.held_out))
     assert {d.id for d in given} > {*second.evidence.learn, *second.evidence.held_out}
 
@@ -384,7 +407,42 @@ def test_a_refusal_counts_what_waited_too(cloud: Cloud) -> None:
     finish(cloud.adapt(demonstrations(60)), "none", "wrong", passed=False)
     for _ in range(3):
         cloud.curator.tick()
-    assert len(cloud.jobs.all()) == 1  # 60 of 90
+    cloud.hear(demonstrations(29))
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 1  # 89 of 90
+    cloud.hear(demonstrations(1))
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 2
+
+
+def test_after_a_refusal_only_evidence_counts_that_is_still_looked_at(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a channel full of evidence could never grow enough to try again."""
+    monkeypatch.setattr("cloud.curator._LOOKED_AT", 60)
+    finish(cloud.adapt(demonstrations(60)), "none", "wrong", passed=False)
+    cloud.curator.tick()
+    cloud.hear(demonstrations(19))
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 1  # 60 of 1.5 times 41
+    cloud.hear(demonstrations(1))
+    cloud.curator.tick()
+    assert len(cloud.jobs.all()) == 2
+
+
+def test_what_was_too_long_is_neither_learnt_nor_replayed_nor_tried_again(cloud: Cloud) -> None:
+    given = demonstrations(24)
+    job = cloud.adapt(given)
+    cloud.learn(job, left_out=[1])
+    cloud.curator.tick()
+    long = job.evidence.learn[1]
+    assert long not in cloud.latest().manifest.learned_from
+    cloud.deliver()
+    more = cloud.adapt(demonstrations(20))
+    assert long not in {*more.evidence.learn, *more.evidence.held_out, *more.evidence.waiting}
+    replayed = {d.messages[0].content for d in spec_of(more).replay}
+    assert len(replayed) == 15
+    assert replayed.isdisjoint(d.messages[0].content for d in given if d.id == long)
 
 
 def test_what_a_job_had_no_time_for_stays_on_devices_and_is_learnt_next(cloud: Cloud) -> None:
@@ -595,7 +653,7 @@ def test_a_release_that_waits_to_be_signed_is_rolled_out_when_it_was(
     for _ in range(2):
         cloud.curator.tick()
         assert cloud.driver.state("home").version == 1
-        assert not cloud.jobs.busy, "nothing is learnt on top of what waits"
+        assert not cloud.jobs.running(), "nothing is learnt on top of what waits"
         cloud.restart()
     sign_offline(cloud, key)
     cloud.curator.tick()

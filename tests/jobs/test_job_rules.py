@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud import jobs
-from cloud.jobs import Evidence, Jobs
+from cloud import adapt, jobs
+from cloud.jobs import Evidence, Jobs, Used
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,21 +129,49 @@ def test_only_jobs_count_whose_release_was_not_withdrawn(tmp_path: Path) -> None
     second.published(3)
     third.failed("its gate")
     used, last = jobs.used(made.all(), {1, 2, 3})
-    assert used == Evidence(("a", "b"), ("aa", "bb"))
+    assert used == Used(("a", "b"), ("aa", "bb"))
     assert last is not None
     assert last.name == second.name
     used, last = jobs.used(made.all(), {1, 2, 4})
-    assert used == Evidence(("a",), ("aa",))
-    assert jobs.used([], {1}) == (Evidence((), ()), None)
+    assert used == Used(("a",), ("aa",))
+    assert jobs.used([], {1}) == (Used(), None)
 
 
 def test_what_a_job_did_not_come_to_is_free_for_the_next(tmp_path: Path) -> None:
-    job = Jobs(tmp_path).create(spec(), Evidence(("a", "b", "c"), ("d",), 7))
-    assert (job.evidence, job.evidence.all) == (Evidence(("a", "b", "c"), ("d",), 7), 11)
-    assert job.settled == Evidence(("a", "b", "c"), ("d",))
-    (job.folder / "result.json").write_text('{"unseen": [0, 2]}')
+    evidence = Evidence(("a", "b", "c", "d"), ("e",), ("f",))
+    job = Jobs(tmp_path).create(spec(), evidence)
+    assert job.evidence == evidence
+    (job.folder / "result.json").write_text('{"unseen": [0, 2], "left_out": [3]}')
     job.published(2)
-    assert jobs.used([job], {2})[0] == job.settled == Evidence(("b",), ("d",))
+    assert jobs.used([job], {2})[0] == Used(("b",), ("e",), ("d",))
+
+
+def test_evidence_of_jobs_before_any_had_to_wait_is_read(tmp_path: Path) -> None:
+    job = Jobs(tmp_path).create(spec(), Evidence((), ()))
+    (job.folder / "evidence.json").write_text('{"learn": ["a"], "held_out": ["b"]}')
+    assert job.evidence == Evidence(("a",), ("b",))
+    assert job.used == Used(("a",), ("b",))
+
+
+@pytest.mark.parametrize(("code", "tries"), [(adapt.NO_ROOM, [1, 1]), (1, [1, 2])])
+def test_a_job_that_a_full_disk_stopped_has_not_failed_and_waits(
+    code: int, tries: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 5.0
+    made = Jobs(tmp_path, clock=lambda: now)
+    job = made.create(spec(), Evidence(("a",), ("b",)))
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    ended = ["-c", f"exit {code}"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda a, **more: popen([a[0], *ended], **more))
+    for count in tries:
+        made.start(job)
+        assert made.tries[job.name] == count
+        while made.running():
+            time.sleep(0.01)
+    assert made.disk_full == (code == adapt.NO_ROOM)
+    now += 700
+    assert not made.disk_full
 
 
 def test_a_job_ends_with_the_one_who_started_it(tmp_path: Path) -> None:
