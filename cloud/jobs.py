@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cloud.adapt import (
     CANDIDATE,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from edge.delta import Update
 
 log = logging.getLogger("anabranch.jobs")
+Given = TypeVar("Given")
 
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
@@ -114,11 +115,10 @@ class Job:
     def used(self) -> Used:
         """Its evidence but for what its steps did not come to, which waits for another job."""
         result, evidence = self.result or {}, self.evidence
-        left_out, unseen = (set(result.get(n, ())) for n in ("left_out", "unseen"))
         return Used(
-            tuple(d for i, d in enumerate(evidence.learn) if i not in left_out | unseen),
+            tuple(_learnt(evidence.learn, result)),
             evidence.held_out,
-            tuple(d for i, d in enumerate(evidence.learn) if i in left_out),
+            tuple(evidence.learn[i] for i in result.get("left_out", ())),
         )
 
     @property
@@ -344,8 +344,13 @@ def sample(
 
 def learnt(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:
     """What a job trained on: all it was given but what was too long, or not seen in its steps."""
+    return _learnt(spec.train, result)
+
+
+def _learnt(given: Sequence[Given], result: Mapping[str, Any]) -> list[Given]:
+    """Of what a job was given, in the order of its spec, what it trained on."""
     not_learnt = {*result.get("left_out", ()), *result.get("unseen", ())}
-    return [d for i, d in enumerate(spec.train) if i not in not_learnt]
+    return [d for i, d in enumerate(given) if i not in not_learnt]
 
 
 def answered(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:

@@ -243,7 +243,6 @@ class Training:
         Raises:
             FloatingPointError: the loss is not finite, or far above what it was at the beginning.
         """
-        before = self._losses.copy()
         self._losses.append(loss)
         if not math.isfinite(loss):
             msg = f"the loss is {loss} at step {self.step + 1}"
@@ -259,7 +258,7 @@ class Training:
         if self.step % _GOOD_EVERY == 0:
             self._keep()
         if self._spent - self._saved >= self._config.checkpoint_seconds:
-            self._save(before, dice)
+            self._save(dice)
             self._saved = self._spent
 
     @torch.no_grad()
@@ -293,7 +292,7 @@ class Training:
     def _dice(self) -> dict[str, Any]:
         return {"rng": self._rng.getstate(), "left": [list(d.left) for d in self._draws]}
 
-    def _save(self, losses: list[float], dice: dict[str, Any]) -> None:
+    def _save(self, dice: dict[str, Any]) -> None:
         state = State(
             self.step,
             self._spent,
@@ -302,7 +301,7 @@ class Training:
             self._optimizer.state_dict(),
             dice,
             self._method,
-            losses,
+            self._losses[:-1],  # who goes on does this step again
             self.seconds,
             sorted(self.seen),
         )

@@ -170,6 +170,10 @@ class Cloud:
         labels = {"channel": "home", "result": result}
         return self.registry.get_sample_value("anabranch_adaptations_total", labels)
 
+    def unlearned(self) -> float | None:
+        labels = {"channel": "home"}
+        return self.registry.get_sample_value("anabranch_demonstrations_unlearned", labels)
+
     def versions(self) -> list[int]:
         return [v for v in range(1, 10) if self.releases.find("home", v) is not None]
 
@@ -248,10 +252,7 @@ def test_what_others_said_alike_is_learnt_as_well(cloud: Cloud) -> None:
     assert learned == {d.id for d in [*given, twin, confirmed, late]}
     cloud.deliver()
     cloud.curator.tick()
-    assert (
-        cloud.registry.get_sample_value("anabranch_demonstrations_unlearned", {"channel": "home"})
-        == 0
-    )
+    assert cloud.unlearned() == 0
 
 
 @pytest.mark.parametrize("rolled_out", [False, True])
@@ -378,12 +379,6 @@ SHORT = LearnerConfig.named("sft-anchored", steps=2, batch=8)
 """Takes eight demonstrations at once."""
 
 
-def unlearned(cloud: Cloud) -> float | None:
-    return cloud.registry.get_sample_value(
-        "anabranch_demonstrations_unlearned", {"channel": "home"}
-    )
-
-
 def test_more_than_the_steps_can_learn_waits_for_the_next_job(cloud: Cloud) -> None:
     cloud.restart(learner=SHORT)
     given = demonstrations(60)
@@ -454,7 +449,7 @@ def test_what_a_job_had_no_time_for_stays_on_devices_and_is_learnt_next(cloud: C
     assert set(cloud.latest().manifest.learned_from) == {d.id for d in given} - missed
     cloud.deliver()
     cloud.curator.tick()
-    assert unlearned(cloud) == 2
+    assert cloud.unlearned() == 2
     more = cloud.adapt(demonstrations(20))
     assert missed <= {*more.evidence.learn, *more.evidence.held_out}
     replayed = {d.messages[0].content for d in spec_of(more).replay}

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 else:
     from learner_course import COURSE, CPU, END, LESSONS, lesson, load, run, small, split
 
+_SAMPLED: dict[str, Any] = {
+    "rollouts": "on-policy",
+    "mask_truncated": False,
+    "hint": (0.0, 0.0),
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"divergence": "reverse"},
     "js": {"divergence": "js", "js_beta": 0.3},
@@ -45,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema teacher": {"teacher": "ema", "ema_rate": 0.1},
     "current teacher": {"teacher": "current"},
     "demonstrations": {"rollouts": "demonstration"},
-    "on-policy": {"rollouts": "on-policy", "mask_truncated": False, "hint": (0.0, 0.0)},
+    "on-policy": _SAMPLED,
     "skip": {"skip": 2},
     "hint": {"hint": (0.5, 0.1)},
     "as the teacher says": {"sharpness": 1.0, "hint": (0.0, 0.0)},
@@ -53,12 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all layers": {"layers": (0.0, 1.0)},
     "rank": {"rank": 2},
     "bf16": {"precision": "bf16"},
-    "bf16 samples": {
-        "precision": "bf16",
-        "rollouts": "on-policy",
-        "mask_truncated": False,
-        "hint": (0.0, 0.0),
-    },
+    "bf16 samples": {"precision": "bf16", **_SAMPLED},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "sharpness": {"sharpness": 1.0},
@@ -86,7 +86,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"clip": 0.01},
     "seed": {"seed": 1},
 }
-_SAMPLED = {"rollouts": "on-policy", "mask_truncated": False, "hint": (0.0, 0.0)}
 BESIDE: dict[str, dict[str, Any]] = {
     "alpha": {"rank": 2},
     "everything": {"layers": (0.0, 1.0)},

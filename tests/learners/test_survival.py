@@ -320,7 +320,7 @@ def test_a_job_that_was_killed_while_it_diverged_returns_to_good_weights(
 ) -> None:
     """Weights of a checkpoint are what a resumed job returns to: none is made of bad ones."""
     config = small("sft", steps=40, checkpoint_seconds=0.0)
-    good = run(tiny_folder, replace(config, steps=40)).parameters
+    good = run(tiny_folder, config).parameters
     _wild_from(12, monkeypatch)
     with pytest.raises(PowerLossError):
         run(tiny_folder, config, keep=tmp_path, report=_out_after(killed))
