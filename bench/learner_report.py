@@ -1,14 +1,25 @@
-"""What runs of ``bench.learner`` say together: means over seeds, paired intervals, a table."""
+"""What runs of ``bench.learner`` say together: means over seeds, paired intervals, tables.
+
+``python -m bench.learner_report [FILE] [--methods ...] [--against METHOD]`` prints the tables of
+docs/learning.md, in Markdown, from a file of results.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
 from bench.learner_methods import FULL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def paired(one: list[str], other: list[str], rng: np.random.Generator) -> tuple[float, float]:
@@ -27,13 +38,52 @@ def paired(one: list[str], other: list[str], rng: np.random.Generator) -> tuple[
     return round(float(low), 4), round(float(high), 4)
 
 
+@dataclass(frozen=True)
+class Lead:
+    """How much more one method gets right than another, by the seeds that both have (-1..1).
+
+    Intervals are paired, 95%, over requests. ``other_precision`` are seeds whose two runs were
+    multiplied in different ones.
+    """
+
+    by_seed: dict[int, float]
+    interval: tuple[float, float]
+    human_by_seed: dict[int, float]
+    human_interval: tuple[float, float] | None
+    other_precision: list[int]
+
+    @classmethod
+    def of(cls, ours: dict[int, Any], theirs: dict[int, Any]) -> Lead:
+        """Compare runs by seed; at least one seed is in both."""
+        pairs = {s: (ours[s], theirs[s]) for s in ours if s in theirs}
+        mine = [right for one, _ in pairs.values() for right in one["correct"][-1]]
+        other = [right for _, two in pairs.values() for right in two["correct"][-1]]
+        said = [one["human_correct"] for one, _ in pairs.values()]
+        theirs_said = [two["human_correct"] for _, two in pairs.values()]
+        return cls(
+            by_seed=_by_seed(pairs, "average"),
+            interval=paired(mine, other, np.random.default_rng(0)),
+            human_by_seed=_by_seed(pairs, "human"),
+            human_interval=paired(said, theirs_said, np.random.default_rng(0))
+            if all(said) and all(theirs_said)
+            else None,
+            other_precision=[
+                s for s, (one, two) in pairs.items() if precision_of(one) != precision_of(two)
+            ],
+        )
+
+
+def _by_seed(pairs: dict[int, tuple[Any, Any]], key: str) -> dict[int, float]:
+    return {s: round(one[key] - other[key], 4) for s, (one, other) in pairs.items()}
+
+
 def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
     """Means over seeds by method, beside the base, and intervals against our learner.
 
     ``runs`` are named by method and seed: ``sdft/0``.
     """
     methods: dict[str, Any] = {}
-    seeds = sorted({int(run.partition("/")[2]) for run in runs})
+    seeds = seeds_of(runs)
     there = {run.partition("/")[0] for run in runs}
     for method in (m for m in FULL if m in there):
         done = {seed: runs[f"{method}/{seed}"] for seed in seeds if f"{method}/{seed}" in runs}
@@ -52,26 +102,17 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
             "precision": {seed: precision_of(run) for seed, run in done.items()},
             "learnt_by": learnt_by,  # sdft falls back to sft where its teacher is no better
         }
-        rival = {s: r for s, r in done.items() if f"sdft/{s}" in runs}
-        if method != "sdft" and rival:
-            methods[method]["sdft_other_precision"] = [
-                s for s, r in rival.items() if precision_of(r) != precision_of(runs[f"sdft/{s}"])
-            ]
-            ours = [right for s in rival for right in runs[f"sdft/{s}"]["correct"][-1]]
-            theirs = [right for r in rival.values() for right in r["correct"][-1]]
-            interval = paired(ours, theirs, np.random.default_rng(0))
-            methods[method]["sdft_lead_95"] = interval
-            ours = [runs[f"sdft/{s}"]["human_correct"] for s in rival]
-            theirs = [r["human_correct"] for r in rival.values()]
-            if all(ours):
-                interval = paired(ours, theirs, np.random.default_rng(0))
-                methods[method]["sdft_human_lead_95"] = interval
-                methods[method]["sdft_human_lead_by_seed"] = {
-                    s: round(runs[f"sdft/{s}"]["human"] - r["human"], 4) for s, r in rival.items()
-                }
-            methods[method]["sdft_lead_by_seed"] = {
-                s: round(runs[f"sdft/{s}"]["average"] - r["average"], 4) for s, r in rival.items()
+        ours = {s: runs[f"sdft/{s}"] for s in done if f"sdft/{s}" in runs}
+        if method != "sdft" and ours:
+            lead = Lead.of(ours, done)
+            methods[method] |= {
+                "sdft_other_precision": lead.other_precision,
+                "sdft_lead_95": lead.interval,
+                "sdft_lead_by_seed": lead.by_seed,
             }
+            if lead.human_interval:
+                methods[method]["sdft_human_lead_95"] = lead.human_interval
+                methods[method]["sdft_human_lead_by_seed"] = lead.human_by_seed
     return methods
 
 
@@ -101,3 +142,95 @@ def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
             ", ".join(sorted(set(m["precision"].values()))),
         )
     return made
+
+
+def markdown(
+    runs: dict[str, dict[str, Any]], base: dict[str, Any], methods: Sequence[str], against: str
+) -> str:
+    """Runs one by one, their means, and how far ``against`` is ahead of each, in points."""
+    by_method = {
+        m: {s: runs[f"{m}/{s}"] for s in seeds_of(runs) if f"{m}/{s}" in runs} for m in methods
+    }
+    lines = [
+        "| | average | BWT | base KL | retention | people | last row |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, done in by_method.items():
+        for seed, run in done.items():
+            precision = "" if precision_of(run) == "bf16" else f" ({precision_of(run)})"
+            lines.append(_row(f"`{method}`, seed {seed}{precision}", [run], base))
+        if len(done) > 1:
+            lines.append(_row(f"`{method}`, mean", list(done.values()), base))
+    figures = "mean, its standard error | over requests, 95%"
+    lines += [
+        "",
+        f"| points by which `{against}` leads | tests | {figures} | people | {figures} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ours = {s: runs[f"{against}/{s}"] for s in seeds_of(runs) if f"{against}/{s}" in runs}
+    for method, done in by_method.items():
+        if method == against or not ours.keys() & done.keys():
+            continue
+        lead = Lead.of(ours, done)
+        mixed = ", ".join(map(str, lead.other_precision))
+        other = f" (seed {mixed}: between two precisions)" if mixed else ""
+        cells = [
+            *_points(lead.by_seed, lead.interval),
+            *_points(lead.human_by_seed, lead.human_interval),
+        ]
+        lines.append(f"| `{method}`{other} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seeds_of(runs: dict[str, Any]) -> list[int]:
+    """Seeds of runs that are named by method and seed."""
+    return sorted({int(run.partition("/")[2]) for run in runs})
+
+
+def _row(name: str, runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
+    def mean(key: str) -> float:
+        return statistics.fmean(run[key] for run in runs)
+
+    kept = statistics.fmean(r["retention"]["mean"] for r in runs) - base["retention"]["mean"]
+    last = np.mean([r["matrix"][-1] for r in runs], axis=0)
+    cells = [
+        f"{mean('average'):.3f}",
+        f"{mean('bwt'):+.3f}",
+        f"{mean('base_kl'):.3f}",
+        f"{kept:+.3f}",
+        f"{mean('human'):.3f}",
+        ", ".join(f"{share:.2f}" for share in last),
+    ]
+    return f"| {name} | {' | '.join(cells)} |".replace("-", "\N{MINUS SIGN}")
+
+
+def _points(by_seed: dict[int, float], interval: tuple[float, float] | None) -> list[str]:
+    values = [100 * v for v in by_seed.values()]
+    mean = f"{statistics.fmean(values):+.1f}"
+    if len(values) > 1:
+        mean += f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    span = "" if interval is None else f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
+    cells = [", ".join(f"{v:+.1f}" for v in values), mean, span]
+    return [cell.replace("-", "\N{MINUS SIGN}") for cell in cells]
+
+
+def main() -> None:
+    """Print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "file", type=Path, nargs="?", default=Path("bench/results/learner_full.json")
+    )
+    parser.add_argument("--methods", nargs="+", choices=FULL, default=FULL)
+    parser.add_argument("--against", choices=FULL, default="sdft", help="default: %(default)s")
+    options = parser.parse_args()
+    try:
+        kept = json.loads(options.file.read_text())
+        print(markdown(kept["runs"], kept["base"], options.methods, options.against))
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{options.file} is no file of results of bench.learner: {error!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench import learner, setup
 from bench import learner_results as results
-from bench.learner_report import table
+from bench.learner_report import Lead, markdown, table
 from cloud.learners.config import LearnerConfig
 from protos.errors import InvalidInputError
 
@@ -142,3 +142,30 @@ def test_runs_of_two_precisions_share_a_file_and_its_table_says_which_leads_are_
     text = Console(width=200, record=True)
     text.print(table(methods, BASE | {"human": 0.0}))
     assert "seed 0: sdft in another precision" in text.export_text()
+
+
+def runs_of_two_seeds() -> dict[str, Any]:
+    runs = {f"{m}/{s}": a_run() for m in ("sdft", "sft") for s in (0, 1)}
+    for name, average in (("sdft/0", 0.75), ("sdft/1", 0.5), ("sft/0", 0.25), ("sft/1", 0.25)):
+        runs[name] |= {"average": average, "matrix": [[average]]}
+    runs["sdft/0"]["correct"], runs["sft/0"]["correct"] = [["1111"]], [["0000"]]
+    return runs
+
+
+def test_a_lead_is_of_the_seeds_that_both_have_and_its_interval_pairs_their_requests() -> None:
+    runs = runs_of_two_seeds()
+    ours = {0: runs["sdft/0"], 1: runs["sdft/1"]}
+    lead = Lead.of(ours, {0: runs["sft/0"], 2: runs["sft/1"]})
+    assert lead.by_seed == {0: 0.5}
+    assert lead.interval == (1.0, 1.0)  # each of its four requests
+    assert Lead.of(ours, ours).interval == (0.0, 0.0)
+
+
+def test_the_table_for_a_page_has_each_run_their_mean_and_the_leads() -> None:
+    text = markdown(runs_of_two_seeds(), BASE, ["sdft", "sft", "lora"], "sdft")
+    assert "| `sdft`, seed 0 (fp32) | 0.750 |" in text
+    assert "| `sdft`, mean | 0.625 |" in text
+    assert "| `sft` | +50.0, +25.0 | +37.5 ± 12.5 | " in text
+    assert "lora" not in text
+    turned = markdown(runs_of_two_seeds(), BASE, ["sdft", "sft"], "sft")
+    assert "| `sdft` | \N{MINUS SIGN}50.0, \N{MINUS SIGN}25.0 |" in turned
