@@ -54,7 +54,7 @@ def load(data: Path) -> list[HumanCommand]:
     if not path.is_file():
         msg = (
             f"{path} is not there: the benchmark's data is no part of the repository; make it of "
-            "tests/en of github's home-assistant/intents, or name the folder that has home/ in it"
+            "tests/en of github's home-assistant/intents (docs/learning.md, Measure it yourself)"
         )
         raise InvalidInputError(msg)
     validators = {name: jsonschema.Draft202012Validator(skill_schema([name])) for name in SKILLS}

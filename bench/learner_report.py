@@ -145,9 +145,14 @@ def table(methods: dict[str, Any], base: dict[str, Any]) -> Table:
 
 
 def markdown(
-    runs: dict[str, dict[str, Any]], base: dict[str, Any], methods: Sequence[str], against: str
+    runs: dict[str, dict[str, Any]],
+    base: dict[str, Any],
+    methods: Sequence[str],
+    against: str,
+    *,
+    means: bool = False,
 ) -> str:
-    """Runs one by one, their means, and how far ``against`` is ahead of each, in points."""
+    """Runs one by one and their means (or ``means`` alone), and by how much ``against`` leads."""
     by_method = {
         m: {s: runs[f"{m}/{s}"] for s in seeds_of(runs) if f"{m}/{s}" in runs} for m in methods
     }
@@ -156,11 +161,11 @@ def markdown(
         "|---|---|---|---|---|---|---|",
     ]
     for method, done in by_method.items():
-        for seed, run in done.items():
+        for seed, run in done.items() if not means or len(done) == 1 else ():
             precision = "" if precision_of(run) == "bf16" else f" ({precision_of(run)})"
             lines.append(_row(f"`{method}`, seed {seed}{precision}", [run], base))
         if len(done) > 1:
-            lines.append(_row(f"`{method}`, mean", list(done.values()), base))
+            lines.append(_row(f"`{method}`, mean of {len(done)}", list(done.values()), base))
     figures = "mean, its standard error | over requests, 95%"
     lines += [
         "",
@@ -223,11 +228,13 @@ def main() -> None:
         "file", type=Path, nargs="?", default=Path("bench/results/learner_full.json")
     )
     parser.add_argument("--methods", nargs="+", choices=FULL, default=FULL)
+    parser.add_argument("--means", action="store_true", help="no seed by itself if there are more")
     parser.add_argument("--against", choices=FULL, default="sdft", help="default: %(default)s")
     options = parser.parse_args()
     try:
         kept = json.loads(options.file.read_text())
-        print(markdown(kept["runs"], kept["base"], options.methods, options.against))
+        runs, base = kept["runs"], kept["base"]
+        print(markdown(runs, base, options.methods, options.against, means=options.means))
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{options.file} is no file of results of bench.learner: {error!r}")
 

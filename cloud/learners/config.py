@@ -248,7 +248,8 @@ def _refuse(why: str) -> NoReturn:
 
 
 DEFAULT = "sft-anchored"
-"""The learner of a cloud that is not told another: what measured best (docs/adr/0018)."""
+"""The learner of a cloud that is not told another: level with SDFT, without asking a teacher
+(docs/adr/0018)."""
 
 _ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
 

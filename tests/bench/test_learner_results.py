@@ -164,8 +164,9 @@ def test_a_lead_is_of_the_seeds_that_both_have_and_its_interval_pairs_their_requ
 def test_the_table_for_a_page_has_each_run_their_mean_and_the_leads() -> None:
     text = markdown(runs_of_two_seeds(), BASE, ["sdft", "sft", "lora"], "sdft")
     assert "| `sdft`, seed 0 (fp32) | 0.750 |" in text
-    assert "| `sdft`, mean | 0.625 |" in text
+    assert "| `sdft`, mean of 2 | 0.625 |" in text
     assert "| `sft` | +50.0, +25.0 | +37.5 ± 12.5 | " in text
     assert "lora" not in text
+    assert "seed 0" not in markdown(runs_of_two_seeds(), BASE, ["sdft"], "sdft", means=True)
     turned = markdown(runs_of_two_seeds(), BASE, ["sdft", "sft"], "sft")
     assert "| `sdft` | \N{MINUS SIGN}50.0, \N{MINUS SIGN}25.0 |" in turned
