@@ -65,8 +65,9 @@ class LearnerConfig:
       ``cap`` tokens, or the ``demonstration`` itself.
     - ``skip``: first tokens of an answer that are not scored. ``mask_truncated``: an on-policy
       sample that reached ``cap`` without an end counts for nothing.
-    - ``proximal``: where the target starts between student (0) and teacher (1) before it ramps to
-      the teacher; 1 is off (iSDFT). ``base_weight``: weight of KL(base||student) on the lessons.
+    - ``proximal``: the target is the nearest to the student with a share of what the teacher knows
+      more; the share rises from this to 1, and 1 is off (iSDFT). ``base_weight``: weight of
+      KL(base||student) on the lessons.
     - ``hint``: weight (0..1) of cross-entropy on the demonstration at the start and at the end; the
       teacher has the rest.
     - ``fallback``: what to do where the teacher is not clearly better than the student: learn by

@@ -211,8 +211,8 @@ class Sdft:
         if config.sharpness != 1:
             teacher = torch.log_softmax(config.sharpness * teacher, dim=-1)
         if config.proximal < 1:
-            strength = config.proximal + (1 - config.proximal) * fraction
-            teacher = targets.between(student.detach(), teacher, strength)
+            share = config.proximal + (1 - config.proximal) * fraction
+            teacher = targets.proximal(student.detach(), teacher, share)
         tokens = targets.divergence(config.divergence, teacher, student, config.js_beta)
         loss = tokens[min(config.skip, walked - 1) : walked].mean()
         if self._base:

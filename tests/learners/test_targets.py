@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cloud.learners.config import LearnerConfig
 from cloud.learners.packing import Example
 from cloud.learners.rollouts import guided_walk
-from cloud.learners.targets import Target, between, divergence, join, score
+from cloud.learners.targets import Target, divergence, join, proximal, score
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,14 +117,32 @@ def test_divergences_are_those_of_torch() -> None:
     assert torch.allclose(divergence("js", teacher, student, 0.3), js, atol=1e-4)
 
 
-def test_the_proximal_target_lies_between_student_and_teacher() -> None:
+def test_the_proximal_target_has_just_the_share_of_the_teachers_information() -> None:
     teacher, student = pair()
-    assert torch.allclose(between(student, teacher, 1.0), teacher, atol=1e-5)
-    assert torch.allclose(between(student, teacher, 0.0), student, atol=1e-5)
-    middle = between(student, teacher, 0.5)
-    assert torch.allclose(middle.exp().sum(-1), torch.ones(7))
     whole = divergence("forward", teacher, student)
-    assert (divergence("forward", teacher, middle) < whole).all()
+    for share in (0.0, 0.25, 0.8):
+        target = proximal(student, teacher, share)
+        assert torch.allclose(target.exp().sum(-1), torch.ones(7))
+        informed = (target.exp() * (teacher - student)).sum(-1)
+        assert torch.allclose(informed, share * whole, atol=1e-3)
+        assert (divergence("forward", target, student) < whole).all()
+    assert torch.allclose(proximal(student, teacher, 1.0), teacher, atol=1e-3)
+    assert torch.allclose(proximal(teacher, teacher, 0.25), teacher, atol=1e-5)
+
+
+def test_no_distribution_with_as_much_information_is_nearer_to_the_student() -> None:
+    teacher, student = pair()
+    target = proximal(student, teacher, 0.5)
+    informed = (target.exp() * (teacher - student)).sum(-1)
+    generator = torch.Generator().manual_seed(1)
+    nearest = divergence("forward", target, student)
+    for size in (0.01, 0.1, 1.0):
+        noise = size * torch.randn(target.shape, generator=generator)
+        for tilt in (0.0, 0.01, 0.1):
+            other = torch.log_softmax(target + noise + tilt * (teacher - student), -1)
+            enough = (other.exp() * (teacher - student)).sum(-1) >= informed
+            assert enough.any() or not tilt
+            assert (divergence("forward", other, student) > nearest)[enough].all()
 
 
 def _peaked(tokens: list[int], share: float = 0.9) -> torch.Tensor:
