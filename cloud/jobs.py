@@ -45,6 +45,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("anabranch.jobs")
 Given = TypeVar("Given")
 
+
+class HasId(Protocol):
+    """What has a name of its own, such as a demonstration."""
+
+    @property
+    def id(self) -> str:
+        """The name."""
+
+
+Named = TypeVar("Named", bound=HasId)
+
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
 REPLAY = 300
@@ -322,9 +333,7 @@ def lessons(
     return corrected + sample(confirmed, len(corrected))
 
 
-def split(
-    demonstrations: Sequence[device_pb2.Demonstration], most: int
-) -> tuple[list[device_pb2.Demonstration], list[device_pb2.Demonstration]]:
+def split(demonstrations: Sequence[Named], most: int) -> tuple[list[Named], list[Named]]:
     """Divide new evidence into what is learnt, ``most`` at once, and what is held out for the gate.
 
     What is in neither waits for the next job.
@@ -335,9 +344,7 @@ def split(
     return ordered[held : held + most], ordered[:held]
 
 
-def sample(
-    demonstrations: Sequence[device_pb2.Demonstration], count: int = REPLAY
-) -> list[device_pb2.Demonstration]:
+def sample(demonstrations: Sequence[Named], count: int = REPLAY) -> list[Named]:
     """At most ``count``, by the fixed shuffle."""
     return sorted(demonstrations, key=lambda d: order(d.id))[:count]
 

@@ -31,6 +31,11 @@ pytestmark = pytest.mark.timeout(900)
 COMMANDS = {
     "broker": ["--listen", "--state", "--insecure"],
     "student import": ["--out", "--harness"],
+    "student teach": [
+        *("--student", "--out", "--learner", "--steps", "--learning-rate", "--budget", "--set"),
+        *("--precision", "--min-new", "--max-base-kl", "--delta-share", "--threads"),
+    ],
+    "student ask": ["--threads"],
     "cloud": [
         *("--state", "--student", "--channel", "--broker", "--grpc", "--metrics"),
         *(
@@ -166,6 +171,7 @@ CLOUD = ("cloud", "--state", "state", "--student", "nowhere")
         ((*DEVICE[:3], *DEVICE[5:]), "Give --device, or --identity"),
         (("device", "add", "lamp", "--state", "nowhere"), "nowhere is no folder"),
         (("student", "import", "nowhere", "--out", "student"), "neither a GGUF file nor"),
+        (("student", "ask", "nowhere", "lamp on"), "nowhere is no student's bundle, graph.onnx"),
     ],
 )
 def test_what_a_person_can_mend_is_said_in_one_line(
