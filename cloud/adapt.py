@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -45,7 +46,7 @@ from cloud.students.candidates import (
 )
 from edge.delta import save_updates
 from edge.delta.files import write_atomic
-from edge.process import end_with_parent
+from edge.process import PARENT, end_with_parent
 from edge.student.bundle import digest, read_config, read_harness
 from protos.errors import AnabranchError, TrainingError
 from protos.prompt import Message, Shown
@@ -345,6 +346,8 @@ def main() -> int:
     The exit code is 0 when there is a candidate and its verdict, 1 when a failure was written,
     and :data:`NO_ROOM` without a result.
     """
+    if PARENT in os.environ:  # who began it ends it: a terminal's Ctrl-C goes to both
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     job = Path(sys.argv[1])

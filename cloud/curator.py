@@ -265,26 +265,30 @@ class Curator:
     ) -> None:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
-        learn, held = job_rules.split(fresh, self._config.learner.most_lessons)
         # By what was asked, not by id: nothing that is tested may be trained on, and what people
         # have changed their minds about is neither tested nor held on to in its old form.
         new = {job_rules.shown(d).messages for d in fresh}
-        tested_before = [
-            d for d in self._by_ids(used.held_out) if job_rules.shown(d).messages not in new
-        ]
+        held_out = set(used.held_out)
+        settled = self._by_ids([*used.learnt, *used.held_out])
+        tested_before, learnt = job_rules.standing(
+            ((d, d.id in held_out) for d in settled), lambda d: job_rules.shown(d).messages, new
+        )
         tested = {job_rules.shown(d).messages for d in tested_before}
+        trained = {job_rules.shown(d) for d in settled if d.id not in held_out}
+        known = {d.id for d in fresh if job_rules.shown(d) in trained}
+        learn, held = job_rules.split(fresh, self._config.learner.most_lessons, known)
         confirmed = [
             d
             for d in self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
             if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
         ]
         replay = [
-            d
-            for d in (
-                *job_rules.sample(self._by_ids(used.learnt)),
-                *job_rules.sample(confirmed, _CONFIRMED),
-            )
-            if job_rules.shown(d).messages not in new | tested
+            *job_rules.sample(learnt),
+            *(
+                d
+                for d in job_rules.sample(confirmed, _CONFIRMED)
+                if job_rules.shown(d).messages not in new | tested
+            ),
         ]
         spec = Spec(
             masters=self._masters.absolute(),

@@ -37,7 +37,7 @@ from protos.prompt import Message, Shown
 from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from edge.delta import Update
@@ -195,6 +195,8 @@ class Jobs:
         self._name = ""
         self._log: IO[bytes] | None = None
         self._full_until = -math.inf
+        self.exit_code = 0
+        """Of the process that ended last."""
         self.tries: dict[str, int] = {}
         """How often each job was started, but for those that a full disk stopped."""
 
@@ -239,6 +241,7 @@ class Jobs:
         """Whether a job's process runs."""
         if self._process is None or (code := self._process.poll()) is None:
             return self._process is not None
+        self.exit_code = code
         if code == NO_ROOM:
             log.error("job %s was stopped by a full disk: free space, it goes on", self._name)
             self._full_until = self._clock() + _FULL_S
@@ -333,15 +336,37 @@ def lessons(
     return corrected + sample(confirmed, len(corrected))
 
 
-def split(demonstrations: Sequence[Named], most: int) -> tuple[list[Named], list[Named]]:
+def split(
+    demonstrations: Sequence[Named], most: int, known: Collection[str] = ()
+) -> tuple[list[Named], list[Named]]:
     """Divide new evidence into what is learnt, ``most`` at once, and what is held out for the gate.
 
-    What is in neither waits for the next job.
+    What is in neither waits for the next job. ``known`` ids say what was trained on before: they
+    would test nothing.
     """
     ordered = sorted(demonstrations, key=lambda d: order(d.id))
     least, largest = _HELD_OUT
-    held = min(largest, max(least, round(len(ordered) * HELD_OUT_SHARE)))
-    return ordered[held : held + most], ordered[:held]
+    number = min(largest, max(least, round(len(ordered) * HELD_OUT_SHARE)))
+    held = [d for d in ordered if d.id not in known][:number]
+    tested = {d.id for d in held}
+    return [d for d in ordered if d.id not in tested][:most], held
+
+
+def standing(
+    settled: Iterable[tuple[Named, bool]],
+    request: Callable[[Named], object],
+    new: Container[object],
+) -> tuple[list[Named], list[Named]]:
+    """What was held out before and what was learnt, as it was said last; nothing that is ``new``.
+
+    Args:
+        settled: the oldest first, each with whether it was held out.
+        request: what was asked in it.
+        new: requests that are taught or held out now.
+    """
+    last = {request(d): (d, tested) for d, tested in settled}
+    kept = [pair for asked, pair in last.items() if asked not in new]
+    return [d for d, tested in kept if tested], [d for d, tested in kept if not tested]
 
 
 def sample(demonstrations: Sequence[Named], count: int = REPLAY) -> list[Named]:

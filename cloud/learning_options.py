@@ -44,18 +44,18 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with.")]
 
 def learner_of(
     name: str,
-    steps: int,
+    steps: int | None,
     learning_rate: float | None,
     budget: float,
     precision: str,
     options: list[str] | None,
 ) -> LearnerConfig:
-    """A learner by name, with options; those of ``--set`` go before the others.
+    """A learner by name, with options; those of ``--set`` go before the others, None is its own.
 
     Raises:
         InvalidInputError: no learner has that name, or an option is wrong.
     """
-    changes: dict[str, Any] = {"steps": steps, "budget_seconds": budget, "precision": precision}
-    if learning_rate is not None:
-        changes["learning_rate"] = learning_rate
+    changes: dict[str, Any] = {"budget_seconds": budget, "precision": precision}
+    changes |= {} if steps is None else {"steps": steps}
+    changes |= {} if learning_rate is None else {"learning_rate": learning_rate}
     return LearnerConfig.named(name, **(changes | read_options(options or ())))

@@ -25,6 +25,7 @@ from cloud.learning_options import (
 from protos.errors import AnabranchError, InvalidInputError, StorageError
 
 if TYPE_CHECKING:
+    from cloud.adapt import Spec
     from cloud.jobs import Job, Jobs
 
 _POLL_S = 0.2
@@ -121,22 +122,32 @@ def teach(
     """Teach a skill from a file of demonstrations, without a fleet, and judge what came of it.
 
     Some are held out to test on. A skill more goes on from the last one that passed, and is held
-    to it. Ctrl-C stops it; the same command goes on. The exit code is 0 when the gate passed it.
+    to it. Ctrl-C stops it; the same command goes on. The exit code is 0 when the gate passed it, 1
+    when not or when there was an error, 130 after Ctrl-C.
     """
     from cloud import teaching  # noqa: PLC0415  # needs torch
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
     from cloud.jobs import Jobs  # noqa: PLC0415  # as above
+    from cloud.learners.config import read_options  # noqa: PLC0415  # as above
     from cloud.students.importer import open_imported  # noqa: PLC0415  # as above
     from edge.process import locked  # noqa: PLC0415  # slow to import
+    from edge.student.bundle import read_harness  # noqa: PLC0415  # as above
 
-    given = teaching.read(demonstrations)
-    config = learner_of(learner, 1, learning_rate, budget, precision, options)
-    config = teaching.with_steps(config, len(given), steps)
-    how = teaching.How(
-        config, GateConfig(new_share=min_new, base_kl=max_base_kl), threads, delta_share
-    )
     imported = open_imported(student)
-    with locked(out):
+    harness = read_harness(imported.bundle)
+    given = teaching.read(demonstrations, harness.system)
+    config = learner_of(learner, steps, learning_rate, budget, precision, options)
+    if steps is None and "steps" not in read_options(options or ()):
+        config = teaching.with_enough_steps(config, len(given))
+    gate = GateConfig(new_share=min_new, base_kl=max_base_kl)
+    how = teaching.How(config, gate, threads, delta_share)
+    if broken := [d for d in given if harness.breaks_schema(d.shown.answer)]:
+        typer.echo(
+            f"{len(broken)} answers break the harness's schema, such as {broken[0].shown.answer!r}",
+            err=True,
+        )
+    with locked(out, "--out"):
+        teaching.open_folder(out, imported)
         job = teaching.job_for(out, imported, given, how)
         evidence = job.evidence
         typer.echo(
@@ -146,51 +157,73 @@ def teach(
         if evidence.waiting:
             typer.echo(f"{len(evidence.waiting)} more are left out: --steps is too low for them")
         if job.result is None:
+            if teaching.spec_of(job).learner != config:
+                typer.echo("it goes on with the options that it began with", err=True)
             _run(Jobs(out), job)
-        raise typer.Exit(0 if _show(job) else 1)
+        raise typer.Exit(0 if _show(job, teaching.spec_of(job)) else 1)
 
 
 def _run(jobs: Jobs, job: Job) -> None:
-    from rich.progress import Progress  # noqa: PLC0415  # slow to import
+    """Run a job to its end, and show how far it is."""
+    from rich.console import Console  # noqa: PLC0415  # slow to import
+    from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415  # as above
 
+    (job.folder / "progress.json").unlink(missing_ok=True)  # of the process before
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    phase = ""
     jobs.start(job)
     try:
-        with Progress() as bar:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task("begin", total=1.0)
             while jobs.running():
                 if seen := job.progress:
                     left = seen["seconds_left"]
                     said = seen["phase"] if left is None else f"{seen['phase']}, {left:.0f} s left"
                     bar.update(task, description=said, completed=seen["fraction"])
+                    kind = seen["phase"].partition(",")[0]
+                    if kind != phase and not console.is_terminal:
+                        typer.echo(f"{seen['fraction']:4.0%} {kind}", err=True)
+                    phase = kind
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        msg = f"stopped: the same command goes on with {job.folder}"
-        raise InvalidInputError(msg) from None
+        typer.echo(f"stopped: the same command goes on with {job.folder}", err=True)
+        raise typer.Exit(130) from None
     finally:
         jobs.stop()
     if jobs.disk_full:
         msg = f"the disk is full: free space, and the same command goes on with {job.folder}"
         raise StorageError(msg)
     if job.result is None:
-        msg = f"{job.folder} was ended from outside: see log.txt in it; the same command goes on"
+        msg = (
+            f"{job.folder} was ended (exit code {jobs.exit_code}; -9 is often a lack of memory): "
+            "log.txt in it may say why; the same command goes on"
+        )
         raise AnabranchError(msg)
 
 
-def _show(job: Job) -> bool:
+def _show(job: Job, spec: Spec) -> bool:
     """Print what came of a job; whether it passed."""
     from rich.console import Console  # noqa: PLC0415  # slow to import
     from rich.table import Table  # noqa: PLC0415  # as above
 
     result = job.result or {}
     if why := result.get("error"):
-        typer.echo(f"it failed: {why}. {job.folder}/log.txt has more", err=True)
+        typer.echo(f"it failed: {why}. {job.folder / 'log.txt'} has more", err=True)
         return False
     table = Table("check", "value", "bound", "passed")
     for check in result["checks"]:
         passed = "yes" if check["passed"] else "no"
         table.add_row(check["name"], f"{check['value']:.3f}", f"{check['bound']:.3f}", passed)
     Console().print(table)
-    typer.echo(f"{result['steps']} steps of {result['method']}, {result['sdft_seconds']:.0f} s")
+    typer.echo(f"{result['steps']} steps, {result['sdft_seconds']:.0f} s")
+    if result["method"] != spec.learner.method:
+        typer.echo("the teacher is not clearly better: learnt by cross-entropy")
+    if result["stopped"]:
+        typer.echo(f"it ended early: {result['stopped']}")
+    for name, why in (("left_out", "are too long"), ("unseen", "were not come to")):
+        if result[name]:
+            typer.echo(f"{len(result[name])} demonstrations {why}: not learnt")
     typer.echo(f"student {job.candidate}")
     typer.echo(f"delta   {result['delta_bytes'] / 1e6:.1f} MB, by {result['update']}")
     if not result["passed"]:
@@ -221,7 +254,16 @@ def ask(
         raise InvalidInputError(msg)
     student = Student.open(bundle, threads=threads)
     decoding = greedy(student.harness)
-    for request in requests or (line.rstrip("\n") for line in sys.stdin):
-        if request.strip():
-            asked = chat(student.harness.system, [Message("user", request)])
+    failed = False
+    if not requests and sys.stdin.isatty():
+        typer.echo("Ask, a line each; Ctrl-D ends.", err=True)
+    for request in requests or (line.decode(errors="replace") for line in sys.stdin.buffer):
+        if not request.strip():
+            continue
+        try:
+            asked = chat(student.harness.system, [Message("user", request.strip())])
             typer.echo(student.answer(asked, decoding).text)
+        except InvalidInputError as error:  # the others are asked all the same
+            typer.echo(f"anabranch: {error}", err=True)
+            failed = True
+    raise typer.Exit(1 if failed else 0)

@@ -1,8 +1,9 @@
 """Skills taught by hand, one file of demonstrations after another, without a fleet.
 
-A folder holds the jobs as a cloud's state does (:mod:`cloud.jobs`). Each goes on from the last one
-whose candidate passed the gate, replays what was taught before, and is asked it again. What was not
-finished goes on with the same call; what is finished is not done again.
+A folder holds the jobs as a cloud's state does (:mod:`cloud.jobs`), and ``teaching.json``, which
+says whose student it teaches. Each job goes on from the last one whose candidate passed the gate,
+replays what was taught before, and is asked it again. What was not finished goes on with the same
+call; what is taught is not taught again.
 """
 
 from __future__ import annotations
@@ -14,23 +15,24 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cloud import jobs as job_rules
-from cloud.adapt import Spec
+from cloud.adapt import Spec, write_atomically
 from cloud.jobs import Evidence, Job, Jobs
-from cloud.learners.config import LearnerConfig
 from cloud.students.candidates import DELTA_SHARE
 from protos.errors import InvalidInputError
 from protos.prompt import Message, Shown, chat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from cloud.gate.gate import GateConfig
+    from cloud.learners.config import LearnerConfig
     from cloud.students.importer import Imported
 
-LEAST = 10
-"""Demonstrations of a skill: fewer are too few to learn from and to test on."""
+LEAST = 20
+"""Requests of a skill: with fewer, hardly any are left to learn from beside those held out."""
 _EARLIER = 40  # asked again, of what was held out before
+_MARK = "teaching.json"
 _FORMAT = (
     'a line is {"prompt": "...", "completion": "..."}, each a text or a list of messages, '
     'or {"messages": [...]} that end with the answer'
@@ -39,10 +41,16 @@ _FORMAT = (
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A demonstration, by a name that its request decides."""
+    """A demonstration, by a name that its text decides."""
 
     id: str
     shown: Shown
+
+    @classmethod
+    def of(cls, shown: Shown) -> Demonstration:
+        """Name it."""
+        text = json.dumps([[[m.role, m.content] for m in shown.messages], shown.answer])
+        return cls(hashlib.sha256(text.encode()).hexdigest(), shown)
 
 
 @dataclass(frozen=True)
@@ -55,19 +63,20 @@ class How:
     delta_share: float = DELTA_SHARE
 
 
-def read(path: Path) -> list[Demonstration]:
+def read(path: Path, system: str = "") -> list[Demonstration]:
     """Demonstrations from a file of JSON lines, in TRL's formats of data sets.
 
     A line is ``{"prompt": ..., "completion": ...}``, each a text or a list of messages (``role``
     and ``content``), or ``{"messages": [...]}`` of which the last is the assistant's. Of lines with
-    the same request the last one counts.
+    the same request the last one counts. A system message that says what ``system`` does (the
+    harness's) is left out, and so is white space around a message.
 
     Raises:
         InvalidInputError: a line is something else, or there are fewer than :data:`LEAST`.
     """
     found: dict[tuple[Message, ...], Demonstration] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{path} cannot be read: {error}"
         raise InvalidInputError(msg) from error
@@ -75,11 +84,14 @@ def read(path: Path) -> list[Demonstration]:
         if not line.strip():
             continue
         try:
-            shown = _shown(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError, InvalidInputError) as error:
+            shown = _shown(json.loads(line), system)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             msg = f"{path}:{number}: {_why(error)}: {_FORMAT}"
             raise InvalidInputError(msg) from error
-        found[shown.messages] = Demonstration(_id(shown.messages), shown)
+        except InvalidInputError as error:
+            msg = f"{path}:{number}: {error}: {_FORMAT}"
+            raise InvalidInputError(msg) from error
+        found[shown.messages] = Demonstration.of(shown)
     if len(found) < LEAST:
         msg = f"{path} has {len(found)} requests: a skill needs {LEAST} to be learnt and tested"
         raise InvalidInputError(msg)
@@ -89,75 +101,115 @@ def read(path: Path) -> list[Demonstration]:
 def _why(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
-    if isinstance(error, json.JSONDecodeError | InvalidInputError | UnicodeError):
+    if isinstance(error, json.JSONDecodeError | UnicodeError):
         return str(error)
     return "it has another form"
 
 
-def _shown(row: dict[str, Any]) -> Shown:
+def _shown(row: dict[str, Any], system: str) -> Shown:
     if "messages" in row:
         *asked, last = _messages(row["messages"], "user")
     else:
         asked = _messages(row["prompt"], "user")
         (last,) = _messages(row["completion"], "assistant")
+    asked = [m for m in asked if m != Message("system", system.strip())]
     chat("", asked)  # raises where there is nothing to answer
-    if last.role != "assistant" or not last.content.strip():
-        msg = "the answer must be the assistant's, and have words"
+    if last.role != "assistant":
+        msg = "the answer must be the assistant's"
         raise InvalidInputError(msg)
     for message in (*asked, last):
+        if not message.content:
+            msg = "a message has no words"
+            raise InvalidInputError(msg)
         message.content.encode()  # raises for half a character
-    return Shown(tuple(asked), last.content.strip())
+    return Shown(tuple(asked), last.content)
 
 
 def _messages(given: Any, role: str) -> list[Message]:  # noqa: ANN401  # whatever JSON held
     if isinstance(given, str):
-        return [Message(role, given)]
-    made = [Message(m["role"], m["content"]) for m in given]
-    if not all(isinstance(m.content, str) for m in made):
-        msg = "the content of a message must be a text"
+        return [Message(role, given.strip())]
+    return [Message(m["role"], m["content"].strip()) for m in given]
+
+
+def with_enough_steps(learner: LearnerConfig, demonstrations: int) -> LearnerConfig:
+    """A learner that draws each demonstration twice, if it does not already."""
+    return replace(learner, steps=max(learner.steps, math.ceil(2 * demonstrations / learner.batch)))
+
+
+def open_folder(folder: Path, student: Imported) -> None:
+    """Make a folder to teach a student in, or see that it is one.
+
+    Raises:
+        InvalidInputError: it holds something else, or teaches another student.
+        StorageError: the disk is full or failed.
+    """
+    mark = folder / _MARK
+    if not mark.exists():
+        if {p.name for p in folder.iterdir()} - {"lock"}:
+            msg = f"{folder} holds something else: give --out a folder that is new or empty"
+            raise InvalidInputError(msg)
+        write_atomically(mark, json.dumps({"version": 1, "student": student.digest}))
+    try:
+        of = json.loads(mark.read_text())["student"]
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{mark} is damaged: begin anew with another --out"
+        raise InvalidInputError(msg) from error
+    if of != student.digest:
+        msg = (
+            f"{folder} teaches another student ({of[:12]}, and this is {student.digest[:12]}): "
+            "give another --out"
+        )
         raise InvalidInputError(msg)
-    return made
-
-
-def _id(request: tuple[Message, ...]) -> str:
-    text = json.dumps([[m.role, m.content] for m in request])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def with_steps(learner: LearnerConfig, demonstrations: int, steps: int | None) -> LearnerConfig:
-    """A learner with so many steps; None: what is usual, or two draws of each demonstration."""
-    enough = math.ceil(2 * demonstrations / learner.batch)
-    return replace(learner, steps=steps or max(LearnerConfig().steps, enough))
 
 
 def job_for(
     folder: Path, student: Imported, demonstrations: Sequence[Demonstration], how: How
 ) -> Job:
-    """The job of ``folder`` that teaches these: the latest, done or not, if it does, or a new one.
+    """The job of ``folder`` that teaches these: one that passed or is not done, or a new one.
+
+    A job whose candidate the gate refused is done again with other options only; one that failed,
+    with any. :func:`open_folder` comes first.
 
     Raises:
-        InvalidInputError: the latest job teaches something else and is not done, or the folder
-            belongs to another student.
+        InvalidInputError: a job teaches something else and is not done, or these were taught with
+            other options.
         StorageError: the disk is full or failed.
     """
     jobs = Jobs(folder)
-    done = jobs.all()
-    if done:
-        latest = done[-1]
-        as_it_began, _ = _spec(done[:-1], student, demonstrations, how)
-        spec = _spec_of(latest)
-        if spec.base != as_it_began.base:
-            msg = f"{folder} teaches the student of {spec.base.parent}: give another --out"
-            raise InvalidInputError(msg)
-        if spec == as_it_began:
-            return latest
-        if latest.result is None:
+    there = jobs.all()
+    ids = {d.id for d in demonstrations}
+    unchanged = True  # by later jobs
+    for job in reversed(there):
+        result, spec = job.result, spec_of(job)
+        evidence = job.evidence
+        same = {*evidence.learn, *evidence.held_out, *evidence.waiting} == ids
+        if result is None or "error" in result:
+            if same and job is there[-1]:
+                (job.folder / "result.json").unlink(missing_ok=True)
+                return job
+            if result is None:
+                msg = (
+                    f"{job.folder} teaches something else and is not done: go on with the file "
+                    "that it began with, or delete that folder"
+                )
+                raise InvalidInputError(msg)
+            continue
+        alike = (spec.learner, spec.gate.new_share, spec.gate.base_kl, spec.delta_share) == (
+            *(how.learner, how.gate.new_share, how.gate.base_kl, how.delta_share),
+        )
+        if same and unchanged and result["passed"]:
+            if alike:
+                return job
             msg = (
-                f"{latest.folder} is not done and teaches something else: "
-                "go on with the command that began it, or delete that folder"
+                f"{job.folder} has taught these, with other options: to compare, give another --out"
             )
             raise InvalidInputError(msg)
-    return jobs.create(*_spec(done, student, demonstrations, how))
+        if same and alike and job is there[-1]:
+            return job
+        if result["passed"]:
+            asked = {d.messages for d in (*spec.train, *spec.held_out)}
+            unchanged &= asked.isdisjoint(d.shown.messages for d in demonstrations)
+    return jobs.create(*_spec(there, student, demonstrations, how))
 
 
 def _spec(
@@ -165,25 +217,28 @@ def _spec(
 ) -> tuple[Spec, Evidence]:
     passed = [job for job in before if (job.result or {}).get("passed")]
     last = passed[-1] if passed else None
-    learn, held = job_rules.split(demonstrations, how.learner.most_lessons)
-    new = {d.shown.messages for d in demonstrations}
-    specs = [(_spec_of(job), job.result or {}) for job in passed]
-    tested = _latest((d for spec, _ in specs for d in spec.held_out), new)
-    replay = _latest(
-        (d for spec, result in specs for d in job_rules.learnt(spec, result)),
-        new | {d.shown.messages for d in tested},
+    settled: list[tuple[Demonstration, bool]] = []
+    for job in passed:
+        spec = spec_of(job)
+        learnt = job_rules.learnt(spec, job.result or {})
+        settled += [(Demonstration.of(d), False) for d in learnt]
+        settled += [(Demonstration.of(d), True) for d in spec.held_out]
+    tested, replay = job_rules.standing(
+        settled, lambda d: d.shown.messages, {d.shown.messages for d in demonstrations}
     )
+    learn, held = job_rules.split(
+        demonstrations, how.learner.most_lessons, {d.id for d, tested in settled if not tested}
+    )
+    if not held or not learn:
+        msg = "all of these were taught before: add requests that were not, to test on"
+        raise InvalidInputError(msg)
     taken = {d.id for d in (*learn, *held)}
-    evidence = Evidence(
-        tuple(d.id for d in learn),
-        tuple(d.id for d in held),
-        tuple(d.id for d in demonstrations if d.id not in taken),
-    )
+    waiting = [d for d in demonstrations if d.id not in taken]
     spec = Spec(
-        masters=student.masters.absolute(),
-        learnt=last.learnt.absolute() if last else None,
-        base=student.bundle.absolute(),
-        current=(last.candidate if last else student.bundle).absolute(),
+        masters=student.masters.resolve(),
+        learnt=last.learnt.resolve() if last else None,
+        base=student.bundle.resolve(),
+        current=(last.candidate if last else student.bundle).resolve(),
         train=tuple(d.shown for d in learn),
         held_out=tuple(d.shown for d in held),
         replay=tuple(d.shown for d in job_rules.sample(replay)),
@@ -194,14 +249,17 @@ def _spec(
         release=len(passed),
         delta_share=how.delta_share,
     )
-    return spec, evidence
+    return spec, Evidence(*(tuple(d.id for d in part) for part in (learn, held, waiting)))
 
 
-def _latest(given: Iterable[Shown], without: set[tuple[Message, ...]]) -> list[Demonstration]:
-    """One for each request, the latest; none whose request is taught or tested now."""
-    kept = {d.messages: d for d in given if d.messages not in without}
-    return [Demonstration(_id(request), shown) for request, shown in kept.items()]
+def spec_of(job: Job) -> Spec:
+    """What a job works on.
 
-
-def _spec_of(job: Job) -> Spec:
-    return Spec.from_json((job.folder / "spec.json").read_text())
+    Raises:
+        InvalidInputError: another version of this project made it.
+    """
+    try:
+        return Spec.from_json((job.folder / "spec.json").read_text())
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{job.folder} was made by another version: begin anew with another --out"
+        raise InvalidInputError(msg) from error

@@ -84,8 +84,10 @@ def give_memory_back() -> None:
 
 
 @contextmanager
-def locked(state: Path) -> Iterator[None]:
+def locked(state: Path, option: str = "--state") -> Iterator[None]:
     """Hold the state folder: two agents on one state would each undo what the other does.
+
+    ``option`` is how a person names another folder.
 
     Raises:
         InvalidInputError: another agent holds it.
@@ -102,12 +104,13 @@ def locked(state: Path) -> Iterator[None]:
             holder = lock.read().strip() or "unknown"
             msg = (
                 f"another process ({holder}) runs on {state}: "
-                "stop it, or give this one another --state"
+                f"stop it, or give this one another {option}"
             )
             raise InvalidInputError(msg) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with storage_errors(f"writing to {state / 'lock'}"):
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
         yield
 
 

@@ -52,6 +52,24 @@ def test_every_demonstration_is_learnt_or_held_out_whatever_their_order(number: 
     )
 
 
+def test_what_was_trained_on_before_is_not_held_out() -> None:
+    given_ = demonstrations(40)
+    _, held = jobs.split(given_, 400)
+    known = {d.id for d in held[:6]}
+    learn, others = jobs.split(given_, 400, known)
+    assert len(others) == len(held)
+    assert known <= {d.id for d in learn}
+
+
+def test_of_each_request_what_was_said_last_stands_and_nothing_new() -> None:
+    old, corrected = demonstration("lamp", "on"), demonstration("lamp", "off")
+    tested, learnt, new = demonstrations(3)
+    given_ = [(old, True), (tested, True), (learnt, False), (new, False), (corrected, False)]
+    held, kept = jobs.standing(given_, lambda d: jobs.shown(d).messages, {jobs.shown(new).messages})
+    assert held == [tested]
+    assert kept == [corrected, learnt]
+
+
 def test_a_job_takes_no_more_than_it_can_learn() -> None:
     given_ = demonstrations(300)
     learn, held = jobs.split(given_, 60)
