@@ -202,7 +202,7 @@ def _row(name: str, runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
         f"{mean('average'):.3f}",
         f"{mean('bwt'):+.3f}",
         f"{mean('base_kl'):.3f}",
-        f"{kept:+.3f}",
+        f"{round(kept, 3) or 0:+.3f}",
         f"{mean('human'):.3f}",
         ", ".join(f"{share:.2f}" for share in last),
     ]
