@@ -67,7 +67,7 @@ def test_only_what_a_skill_covers_is_kept(tmp_path: Path) -> None:
 
 
 def test_absent_data_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="name the folder that has home/ in it"):
+    with pytest.raises(InvalidInputError, match="Measure it yourself"):
         load(tmp_path)
 
 
