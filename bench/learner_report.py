@@ -83,10 +83,9 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
     ``runs`` are named by method and seed: ``sdft/0``.
     """
     methods: dict[str, Any] = {}
-    seeds = seeds_of(runs)
     there = {run.partition("/")[0] for run in runs}
     for method in (m for m in FULL if m in there):
-        done = {seed: runs[f"{method}/{seed}"] for seed in seeds if f"{method}/{seed}" in runs}
+        done = runs_of(runs, method)
         mean = {
             key: round(statistics.fmean(r[key] for r in done.values()), 5)
             for key in ("average", "bwt", "base_kl", "human")
@@ -102,8 +101,8 @@ def summary(runs: dict[str, dict[str, Any]], base: dict[str, Any]) -> dict[str, 
             "precision": {seed: precision_of(run) for seed, run in done.items()},
             "learnt_by": learnt_by,  # sdft falls back to sft where its teacher is no better
         }
-        ours = {s: runs[f"sdft/{s}"] for s in done if f"sdft/{s}" in runs}
-        if method != "sdft" and ours:
+        ours = runs_of(runs, "sdft")
+        if method != "sdft" and ours.keys() & done.keys():
             lead = Lead.of(ours, done)
             methods[method] |= {
                 "sdft_other_precision": lead.other_precision,
@@ -153,9 +152,7 @@ def markdown(
     means: bool = False,
 ) -> str:
     """Runs one by one and their means (or ``means`` alone), and by how much ``against`` leads."""
-    by_method = {
-        m: {s: runs[f"{m}/{s}"] for s in seeds_of(runs) if f"{m}/{s}" in runs} for m in methods
-    }
+    by_method = {method: runs_of(runs, method) for method in methods}
     lines = [
         "| | average | BWT | base KL | retention | people | last row |",
         "|---|---|---|---|---|---|---|",
@@ -172,7 +169,7 @@ def markdown(
         f"| points by which `{against}` leads | tests | {figures} | people | {figures} |",
         "|---|---|---|---|---|---|---|",
     ]
-    ours = {s: runs[f"{against}/{s}"] for s in seeds_of(runs) if f"{against}/{s}" in runs}
+    ours = runs_of(runs, against)
     for method, done in by_method.items():
         if method == against or not ours.keys() & done.keys():
             continue
@@ -187,9 +184,10 @@ def markdown(
     return "\n".join(lines)
 
 
-def seeds_of(runs: dict[str, Any]) -> list[int]:
-    """Seeds of runs that are named by method and seed."""
-    return sorted({int(run.partition("/")[2]) for run in runs})
+def runs_of(runs: dict[str, dict[str, Any]], method: str) -> dict[int, dict[str, Any]]:
+    """A method's runs by seed, of runs that are named by method and seed."""
+    seeds = sorted(int(s) for m, _, s in (run.partition("/") for run in runs) if m == method)
+    return {seed: runs[f"{method}/{seed}"] for seed in seeds}
 
 
 def _row(name: str, runs: list[dict[str, Any]], base: dict[str, Any]) -> str:

@@ -298,7 +298,7 @@ class Curator:
             train=tuple(map(job_rules.shown, learn)),
             held_out=tuple(map(job_rules.shown, held)),
             replay=tuple(map(job_rules.shown, replay)),
-            earlier=tuple(map(job_rules.shown, job_rules.sample(tested_before, 40))),
+            earlier=tuple(map(job_rules.shown, job_rules.sample(tested_before, job_rules.EARLIER))),
             threads=self._config.threads,
             learner=self._config.learner,
             gate=self._config.gate,

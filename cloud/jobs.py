@@ -60,6 +60,8 @@ HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
 REPLAY = 300
 """As many as a job of the default length draws: what is not replayed of facts is forgotten."""
+EARLIER = 40
+"""As many of those held out before are asked again."""
 _NEVER_MS = 1 << 62
 _FULL_S = 600.0  # a job that finds the disk full again has trained in vain
 

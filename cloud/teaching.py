@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 LEAST = 20
 """Requests of a skill: with fewer, hardly any are left to learn from beside those held out."""
-_EARLIER = 40  # asked again, of what was held out before
 _MARK = "teaching.json"
 _FORMAT = (
     'a line is {"prompt": "...", "completion": "..."}, each a text or a list of messages, '
@@ -242,7 +241,7 @@ def _spec(
         train=tuple(d.shown for d in learn),
         held_out=tuple(d.shown for d in held),
         replay=tuple(d.shown for d in job_rules.sample(replay)),
-        earlier=tuple(d.shown for d in job_rules.sample(tested, _EARLIER)),
+        earlier=tuple(d.shown for d in job_rules.sample(tested, job_rules.EARLIER)),
         threads=how.threads,
         learner=how.learner,
         gate=replace(how.gate, threads=how.threads),
