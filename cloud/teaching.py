@@ -166,8 +166,8 @@ def job_for(
 ) -> Job:
     """The job of ``folder`` that teaches these: one that passed or is not done, or a new one.
 
-    A job whose candidate the gate refused is done again with other options only; one that failed,
-    with any. :func:`open_folder` comes first.
+    A job that failed is tried again; with other options it is left, as one whose candidate the gate
+    refused, and a new one begins. :func:`open_folder` comes first.
 
     Raises:
         InvalidInputError: a job teaches something else and is not done, or these were taught with
@@ -182,20 +182,22 @@ def job_for(
         result, spec = job.result, spec_of(job)
         evidence = job.evidence
         same = {*evidence.learn, *evidence.held_out, *evidence.waiting} == ids
-        if result is None or "error" in result:
+        if result is None:
             if same and job is there[-1]:
-                (job.folder / "result.json").unlink(missing_ok=True)
                 return job
-            if result is None:
-                msg = (
-                    f"{job.folder} teaches something else and is not done: go on with the file "
-                    "that it began with, or delete that folder"
-                )
-                raise InvalidInputError(msg)
-            continue
+            msg = (
+                f"{job.folder} teaches something else and is not done: go on with the file "
+                "that it began with, or delete that folder"
+            )
+            raise InvalidInputError(msg)
         alike = (spec.learner, spec.gate.new_share, spec.gate.base_kl, spec.delta_share) == (
             *(how.learner, how.gate.new_share, how.gate.base_kl, how.delta_share),
         )
+        if "error" in result:
+            if same and alike and job is there[-1]:
+                (job.folder / "result.json").unlink()
+                return job
+            continue
         if same and unchanged and result["passed"]:
             if alike:
                 return job

@@ -229,6 +229,10 @@ def test_a_job_that_failed_is_tried_again_and_holds_up_no_other(
     music.failed("no memory")
     again = teaching.job_for(out, student, taught(tmp_path, "music"), HOW)
     assert (again.folder, again.result) == (music.folder, None)
+    music.failed("it diverged: lower the learning rate")
+    lower = replace(HOW, learner=replace(HOW.learner, learning_rate=1e-5))
+    other = teaching.job_for(out, student, taught(tmp_path, "music"), lower)
+    assert (other.name, teaching.spec_of(other).learner) == ("0003", lower.learner)
 
 
 def test_a_folder_belongs_to_one_student(
