@@ -51,7 +51,7 @@ from bench import retention, setup, skills, trl
 from bench.learner_methods import FULL, QUICK, config_of
 from bench.learner_report import summary, table
 from bench.outcomes import answered, general
-from cloud.jobs import REPLAY
+from cloud.lessons import REPLAY
 from cloud.students.candidates import DELTA_SHARE, Work, candidates
 from edge.student.runtime import Student
 from protos.errors import AnabranchError

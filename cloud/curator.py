@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cloud import jobs as job_rules
+from cloud import lessons
 from cloud.adapt import Spec
 from cloud.curator_metrics import CuratorMetrics
 from cloud.gate.gate import GateConfig
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("anabranch.curator")
 
 _CANARIES = 6
-_CONFIRMED = 32
 _ATTEMPTS = 3
 _LOOKED_AT = 5000  # the latest demonstrations; older ones no longer say how a home is
 
@@ -228,11 +228,11 @@ class Curator:
         learned = latest.manifest.learned_from if latest else ()
         taken = {*used.learnt, *used.held_out, *used.left_out, *learned}
         rows = self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
-        alarms = job_rules.alarms(self._evidence.drift_reports(self._channel))
+        alarms = lessons.alarms(self._evidence.drift_reports(self._channel))
         # Who says again what is held out says nothing new; learnt, it would test nothing any more.
-        held = set(map(job_rules.shown, self._by_ids(used.held_out)))
-        newest = [d for d in job_rules.newest_each(rows, taken) if job_rules.shown(d) not in held]
-        return job_rules.lessons(newest, alarms)
+        held = set(map(lessons.shown, self._by_ids(used.held_out)))
+        newest = [d for d in lessons.newest_each(rows, taken) if lessons.shown(d) not in held]
+        return lessons.worth_learning(newest, alarms)
 
     def _situation(self, jobs: list[Job], alive: set[int], fresh: Collection[str]) -> Situation:
         rollout = self._driver.state(self._channel)
@@ -265,54 +265,41 @@ class Curator:
     ) -> None:
         latest = self._releases.latest(self._channel)
         assert latest is not None  # noqa: S101  # begin() published one
-        # By what was asked, not by id: nothing that is tested may be trained on, and what people
-        # have changed their minds about is neither tested nor held on to in its old form.
-        new = {job_rules.shown(d).messages for d in fresh}
         held_out = set(used.held_out)
         settled = self._by_ids([*used.learnt, *used.held_out])
-        tested_before, learnt = job_rules.standing(
-            ((d, d.id in held_out) for d in settled), lambda d: job_rules.shown(d).messages, new
-        )
-        tested = {job_rules.shown(d).messages for d in tested_before}
-        trained = {job_rules.shown(d) for d in settled if d.id not in held_out}
-        known = {d.id for d in fresh if job_rules.shown(d) in trained}
-        learn, held = job_rules.split(fresh, self._config.learner.most_lessons, known)
-        confirmed = [
-            d
-            for d in self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
-            if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
-        ]
-        replay = [
-            *job_rules.sample(learnt),
-            *(
+        rows = self._evidence.demonstrations(self._channel, limit=_LOOKED_AT)
+        found = lessons.divide(
+            fresh,
+            [(d, d.id in held_out) for d in settled],
+            lessons.shown,
+            self._config.learner.most_lessons,
+            confirmed=(
                 d
-                for d in job_rules.sample(confirmed, _CONFIRMED)
-                if job_rules.shown(d).messages not in new | tested
+                for d in rows
+                if d.source == device_pb2.SOURCE_CONFIRMATION and d.student == latest.student
             ),
-        ]
+        )
         spec = Spec(
             masters=self._masters.absolute(),
             learnt=last.learnt.absolute() if last else None,
             base=self._bundle.absolute(),
             current=self._releases.bundle_folder(self._channel, latest.version).absolute(),
-            train=tuple(map(job_rules.shown, learn)),
-            held_out=tuple(map(job_rules.shown, held)),
-            replay=tuple(map(job_rules.shown, replay)),
-            earlier=tuple(map(job_rules.shown, job_rules.sample(tested_before, job_rules.EARLIER))),
+            train=tuple(map(lessons.shown, found.learn)),
+            held_out=tuple(map(lessons.shown, found.held_out)),
+            replay=tuple(map(lessons.shown, found.replay)),
+            earlier=tuple(map(lessons.shown, found.earlier)),
             threads=self._config.threads,
             learner=self._config.learner,
             gate=self._config.gate,
             release=latest.version,
             delta_share=self._config.delta_share if self._holds(latest, last) else 0.0,
         )
-        taken = {d.id for d in (*learn, *held)}
-        waiting = [d for d in fresh if d.id not in taken]
-        ids = (tuple(d.id for d in part) for part in (learn, held, waiting))
-        job = self._jobs.create(spec, job_rules.Evidence(*ids))
+        job = self._jobs.create(spec, found.evidence)
+        parts = (found.learn, found.waiting, found.held_out, found.replay, found.earlier)
         log.info(
             "job %s: %d demonstrations to learn (%d more wait), %d held out, %d replayed, "
             "%d earlier",
-            *(job.name, len(learn), len(waiting), len(held), len(replay), len(spec.earlier)),
+            *(job.name, *map(len, parts)),
         )
         self._jobs.start(job)
 
@@ -367,7 +354,7 @@ class Curator:
             canaries=[_canary(d) for d in right[:_CANARIES]],
             bounds=self._bounds(),
             learned_from=dict.fromkeys(
-                [*earlier, *(d.id for d in rows if job_rules.shown(d) in known)]
+                [*earlier, *(d.id for d in rows if lessons.shown(d) in known)]
             ),
             gate=[release_pb2.GateCheck(**c) for c in result["checks"]],
             fallback=self._fallback(),

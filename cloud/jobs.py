@@ -8,7 +8,6 @@ the files say where to go on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -29,50 +28,23 @@ from cloud.adapt import (
     write_atomically,
     write_failure,
 )
+from cloud.lessons import Evidence
 from edge.delta import load_updates
 from edge.delta.files import storage_errors
 from edge.process import PARENT
 from protos.errors import IntegrityError
-from protos.prompt import Message, Shown
-from protos.v1 import device_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from edge.delta import Update
+    from protos.prompt import Shown
 
 log = logging.getLogger("anabranch.jobs")
 Given = TypeVar("Given")
 
-
-class HasId(Protocol):
-    """What has a name of its own, such as a demonstration."""
-
-    @property
-    def id(self) -> str:
-        """The name."""
-
-
-Named = TypeVar("Named", bound=HasId)
-
-HELD_OUT_SHARE = 0.15
-_HELD_OUT = (8, 40)
-REPLAY = 300
-"""As many as a job of the default length draws: what is not replayed of facts is forgotten."""
-EARLIER = 40
-"""As many of those held out before are asked again."""
-_NEVER_MS = 1 << 62
 _FULL_S = 600.0  # a job that finds the disk full again has trained in vain
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Ids of demonstrations: what a job learns, what it holds out, what waits for another job."""
-
-    learn: tuple[str, ...]
-    held_out: tuple[str, ...]
-    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,112 +240,6 @@ class Jobs:
         if self._log is not None:
             self._log.close()
             self._log = None
-
-
-def order(identity: str) -> bytes:
-    """A fixed shuffle of ids: neither time nor device decides what is held out."""
-    return hashlib.sha256(identity.encode()).digest()
-
-
-def shown(demonstration: device_pb2.Demonstration) -> Shown:
-    """A demonstration as prompts show it."""
-    messages = tuple(Message(m.role, m.content) for m in demonstration.messages)
-    return Shown(messages, demonstration.correction)
-
-
-def newest_each(
-    demonstrations: Sequence[device_pb2.Demonstration], taken: Collection[str] = ()
-) -> list[device_pb2.Demonstration]:
-    """One demonstration for each request, the newest: people may change their minds.
-
-    What is older than one of the ids ``taken`` (learnt or held out) is settled with it. Who
-    confirms what a correction said before says nothing new: the correction stays.
-
-    Args:
-        demonstrations: the oldest first.
-        taken: ids that are not given again.
-    """
-    latest: dict[tuple[Message, ...], device_pb2.Demonstration] = {}
-    for d in demonstrations:
-        request = shown(d).messages
-        before = latest.get(request)
-        if d.id in taken:
-            latest.pop(request, None)
-        elif (
-            before is None
-            or d.source == device_pb2.SOURCE_CORRECTION
-            or d.correction != before.correction
-        ):
-            latest[request] = d
-    return list(latest.values())
-
-
-def alarms(reports: Sequence[device_pb2.DriftReport]) -> dict[tuple[str, str], int]:
-    """When each device first raised an alarm on each student: milliseconds by the device's clock.
-
-    Keys are (device, student's digest).
-    """
-    first: dict[tuple[str, str], int] = {}
-    for report in reports:
-        key = (report.device, report.student)
-        first[key] = min(report.created_ms, first.get(key, report.created_ms))
-    return first
-
-
-def lessons(
-    demonstrations: Sequence[device_pb2.Demonstration], since: Mapping[tuple[str, str], int]
-) -> list[device_pb2.Demonstration]:
-    """What is worth learning: corrections, and what was confirmed after an alarm (``since``).
-
-    After an alarm an answer is right thanks to working memory, which the weights do not have yet.
-    Of those at most as many as there are corrections: most confirmations say what is known.
-    """
-    corrected = [d for d in demonstrations if d.source == device_pb2.SOURCE_CORRECTION]
-    confirmed = [
-        d
-        for d in demonstrations
-        if d.source == device_pb2.SOURCE_CONFIRMATION
-        and d.created_ms >= since.get((d.device, d.student), _NEVER_MS)
-    ]
-    return corrected + sample(confirmed, len(corrected))
-
-
-def split(
-    demonstrations: Sequence[Named], most: int, known: Collection[str] = ()
-) -> tuple[list[Named], list[Named]]:
-    """Divide new evidence into what is learnt, ``most`` at once, and what is held out for the gate.
-
-    What is in neither waits for the next job. ``known`` ids say what was trained on before: they
-    would test nothing.
-    """
-    ordered = sorted(demonstrations, key=lambda d: order(d.id))
-    least, largest = _HELD_OUT
-    number = min(largest, max(least, round(len(ordered) * HELD_OUT_SHARE)))
-    held = [d for d in ordered if d.id not in known][:number]
-    tested = {d.id for d in held}
-    return [d for d in ordered if d.id not in tested][:most], held
-
-
-def standing(
-    settled: Iterable[tuple[Named, bool]],
-    request: Callable[[Named], object],
-    new: Container[object],
-) -> tuple[list[Named], list[Named]]:
-    """What was held out before and what was learnt, as it was said last; nothing that is ``new``.
-
-    Args:
-        settled: the oldest first, each with whether it was held out.
-        request: what was asked in it.
-        new: requests that are taught or held out now.
-    """
-    last = {request(d): (d, tested) for d, tested in settled}
-    kept = [pair for asked, pair in last.items() if asked not in new]
-    return [d for d, tested in kept if tested], [d for d, tested in kept if not tested]
-
-
-def sample(demonstrations: Sequence[Named], count: int = REPLAY) -> list[Named]:
-    """At most ``count``, by the fixed shuffle."""
-    return sorted(demonstrations, key=lambda d: order(d.id))[:count]
 
 
 def learnt(spec: Spec, result: Mapping[str, Any]) -> list[Shown]:

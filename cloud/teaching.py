@@ -14,9 +14,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cloud import jobs as job_rules
 from cloud.adapt import Spec, write_atomically
-from cloud.jobs import Evidence, Job, Jobs
+from cloud.jobs import Job, Jobs, learnt
+from cloud.lessons import divide
 from cloud.students.candidates import DELTA_SHARE
 from protos.errors import InvalidInputError
 from protos.prompt import Message, Shown, chat
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from cloud.gate.gate import GateConfig
     from cloud.learners.config import LearnerConfig
+    from cloud.lessons import Evidence
     from cloud.students.importer import Imported
 
 LEAST = 20
@@ -221,36 +222,28 @@ def _spec(
     settled: list[tuple[Demonstration, bool]] = []
     for job in passed:
         spec = spec_of(job)
-        learnt = job_rules.learnt(spec, job.result or {})
-        settled += [(Demonstration.of(d), False) for d in learnt]
+        settled += [(Demonstration.of(d), False) for d in learnt(spec, job.result or {})]
         settled += [(Demonstration.of(d), True) for d in spec.held_out]
-    tested, replay = job_rules.standing(
-        settled, lambda d: d.shown.messages, {d.shown.messages for d in demonstrations}
-    )
-    learn, held = job_rules.split(
-        demonstrations, how.learner.most_lessons, {d.id for d, tested in settled if not tested}
-    )
-    if not held or not learn:
+    found = divide(demonstrations, settled, lambda d: d.shown, how.learner.most_lessons)
+    if not found.held_out or not found.learn:
         msg = "all of these were taught before: add requests that were not, to test on"
         raise InvalidInputError(msg)
-    taken = {d.id for d in (*learn, *held)}
-    waiting = [d for d in demonstrations if d.id not in taken]
     spec = Spec(
         masters=student.masters.resolve(),
         learnt=last.learnt.resolve() if last else None,
         base=student.bundle.resolve(),
         current=(last.candidate if last else student.bundle).resolve(),
-        train=tuple(d.shown for d in learn),
-        held_out=tuple(d.shown for d in held),
-        replay=tuple(d.shown for d in job_rules.sample(replay)),
-        earlier=tuple(d.shown for d in job_rules.sample(tested, job_rules.EARLIER)),
+        train=tuple(d.shown for d in found.learn),
+        held_out=tuple(d.shown for d in found.held_out),
+        replay=tuple(d.shown for d in found.replay),
+        earlier=tuple(d.shown for d in found.earlier),
         threads=how.threads,
         learner=how.learner,
         gate=replace(how.gate, threads=how.threads),
         release=len(passed),
         delta_share=how.delta_share,
     )
-    return spec, Evidence(*(tuple(d.id for d in part) for part in (learn, held, waiting)))
+    return spec, found.evidence
 
 
 def spec_of(job: Job) -> Spec:

@@ -1,4 +1,4 @@
-"""Which demonstrations a job gets, and what of it counts later."""
+"""Jobs on disk, their processes, and what of them counts later."""
 
 from __future__ import annotations
 
@@ -8,112 +8,23 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cloud import adapt, jobs
-from cloud.jobs import Evidence, Jobs, Used
+from cloud.jobs import Jobs, Used
+from cloud.lessons import Evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.jobs.jobs_evidence import (
-        CONFIRMATION,
-        FIRST_MS,
-        demonstration,
-        demonstrations,
-        drift,
         shown,
         spec,
     )
 else:
     from jobs_evidence import (
-        CONFIRMATION,
-        FIRST_MS,
-        demonstration,
-        demonstrations,
-        drift,
         shown,
         spec,
     )
-
-
-@given(st.integers(9, 400))
-def test_every_demonstration_is_learnt_or_held_out_whatever_their_order(number: int) -> None:
-    given_ = demonstrations(number)
-    learn, held = jobs.split(given_, 400)
-    assert {d.id for d in learn} | {d.id for d in held} == {d.id for d in given_}
-    assert len(learn) + len(held) == number
-    assert learn
-    assert 8 <= len(held) <= 40
-    again = jobs.split(given_[::-1], 400)
-    assert ([d.id for d in learn], [d.id for d in held]) == tuple(
-        [d.id for d in part] for part in again
-    )
-
-
-def test_what_was_trained_on_before_is_not_held_out() -> None:
-    given_ = demonstrations(40)
-    _, held = jobs.split(given_, 400)
-    known = {d.id for d in held[:6]}
-    learn, others = jobs.split(given_, 400, known)
-    assert len(others) == len(held)
-    assert known <= {d.id for d in learn}
-
-
-def test_of_each_request_what_was_said_last_stands_and_nothing_new() -> None:
-    old, corrected = demonstration("lamp", "on"), demonstration("lamp", "off")
-    tested, learnt, new = demonstrations(3)
-    given_ = [(old, True), (tested, True), (learnt, False), (new, False), (corrected, False)]
-    held, kept = jobs.standing(given_, lambda d: jobs.shown(d).messages, {jobs.shown(new).messages})
-    assert held == [tested]
-    assert kept == [corrected, learnt]
-
-
-def test_a_job_takes_no_more_than_it_can_learn() -> None:
-    given_ = demonstrations(300)
-    learn, held = jobs.split(given_, 60)
-    assert (len(learn), len(held)) == (60, 40)
-    assert jobs.split(given_, 400) == (jobs.split(given_, 260)[0], held)
-
-
-def test_a_sample_is_the_same_whatever_the_order_and_bounded() -> None:
-    given_ = demonstrations(30)
-    sampled = jobs.sample(given_, 7)
-    assert len(sampled) == 7
-    assert jobs.sample(given_[::-1], 7) == sampled
-
-
-def test_of_one_request_the_newest_answer_counts() -> None:
-    old, other, new = (demonstration(r, a) for r, a in (("x", "1"), ("y", "1"), ("x", "2")))
-    assert jobs.newest_each([old, other, new]) == [new, other]
-
-
-def test_a_correction_that_is_confirmed_later_is_still_a_correction() -> None:
-    """Working memory answers right after the first correction, and people say so."""
-    corrected = demonstration("x", "right")
-    confirmed = demonstration("x", "right", source=CONFIRMATION)
-    assert jobs.newest_each([corrected, confirmed]) == [corrected]
-    other = demonstration("x", "another", source=CONFIRMATION)
-    assert jobs.newest_each([corrected, other]) == [other]
-
-
-def test_what_is_older_than_a_learnt_answer_does_not_come_back() -> None:
-    stale, learnt, later = (demonstration("x", a) for a in ("old", "new", "newest"))
-    assert jobs.newest_each([stale, learnt], {learnt.id}) == []
-    assert jobs.newest_each([stale, learnt, later], {learnt.id}) == [later]
-
-
-def test_confirmations_count_after_an_alarm_of_their_device_and_student() -> None:
-    corrected = demonstrations(2)
-    after = demonstrations(1, source=CONFIRMATION)
-    before = demonstrations(1, source=CONFIRMATION, created_ms=FIRST_MS - 1)
-    elsewhere = demonstrations(1, source=CONFIRMATION, device="lamp-2")
-    alarms = jobs.alarms([drift(), drift(created_ms=FIRST_MS + 10**9)])
-    assert alarms == {("lamp-1", "d" * 64): FIRST_MS}
-    found = jobs.lessons([*corrected, *after, *before, *elsewhere], alarms)
-    assert found == [*corrected, *after]
-    assert jobs.lessons(demonstrations(3, source=CONFIRMATION), alarms) == []
 
 
 def test_a_job_left_half_written_by_a_crash_is_no_job(tmp_path: Path) -> None:
