@@ -141,11 +141,8 @@ def teach(
         config = teaching.with_enough_steps(config, len(given))
     gate = GateConfig(new_share=min_new, base_kl=max_base_kl)
     how = teaching.How(config, gate, threads, delta_share)
-    if broken := [d for d in given if harness.breaks_schema(d.shown.answer)]:
-        typer.echo(
-            f"{len(broken)} answers break the harness's schema, such as {broken[0].shown.answer!r}",
-            err=True,
-        )
+    for doubt in teaching.doubts(given, imported.bundle):
+        typer.echo(doubt, err=True)
     with locked(out, "--out"):
         teaching.open_folder(out, imported)
         job = teaching.job_for(out, imported, given, how)

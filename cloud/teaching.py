@@ -14,10 +14,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer
+
 from cloud.adapt import Spec, write_atomically
 from cloud.jobs import Job, Jobs, learnt
 from cloud.lessons import divide
 from cloud.students.candidates import DELTA_SHARE
+from edge.student.bundle import read_harness
 from protos.errors import InvalidInputError
 from protos.prompt import Message, Shown, chat
 
@@ -129,6 +132,25 @@ def _messages(given: Any, role: str) -> list[Message]:  # noqa: ANN401  # whatev
     if isinstance(given, str):
         return [Message(role, given.strip())]
     return [Message(m["role"], m["content"].strip()) for m in given]
+
+
+def doubts(demonstrations: Sequence[Demonstration], bundle: Path) -> list[str]:
+    """What the student of ``bundle`` cannot say as its harness has it: a sentence for each kind."""
+    harness = read_harness(bundle)
+    spelling = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    answers = [d.shown.answer for d in demonstrations]
+    broken = [a for a in answers if harness.breaks_schema(a)]
+    tokens = [len(e.ids) for e in spelling.encode_batch(answers, add_special_tokens=False)]
+    long = [n for n in tokens if n > harness.max_tokens]
+    found = []
+    if broken:
+        found.append(f"{len(broken)} answers break the harness's schema, such as {broken[0]!r}")
+    if long:
+        found.append(
+            f"{len(long)} answers are longer than the harness's max_tokens, {harness.max_tokens}: "
+            f"the student will break off; the longest has {max(long)}"
+        )
+    return found
 
 
 def with_enough_steps(learner: LearnerConfig, demonstrations: int) -> LearnerConfig:

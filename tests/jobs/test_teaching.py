@@ -21,6 +21,7 @@ from cloud.jobs import Job, Jobs
 from cloud.learners.config import LearnerConfig
 from cloud.students.importer import Imported, open_imported
 from edge.process import locked
+from edge.student.bundle import read_harness
 from protos.errors import InvalidInputError
 from protos.prompt import Message, Shown
 
@@ -233,6 +234,20 @@ def test_a_job_that_failed_is_tried_again_and_holds_up_no_other(
     lower = replace(HOW, learner=replace(HOW.learner, learning_rate=1e-5))
     other = teaching.job_for(out, student, taught(tmp_path, "music"), lower)
     assert (other.name, teaching.spec_of(other).learner) == ("0003", lower.learner)
+
+
+def test_answers_that_the_student_cannot_give_are_named(student: Imported, tmp_path: Path) -> None:
+    assert teaching.doubts(taught(tmp_path, "lamp"), student.bundle) == []
+    bundle = tmp_path / "bundle"
+    shutil.copytree(student.bundle, bundle)
+    harness = read_harness(bundle)
+    strict = replace(harness, schema={"type": "object"}, max_tokens=60)
+    (bundle / "harness.json").write_bytes(strict.to_json())
+    long = {"prompt": "count", "completion": json.dumps({"numbers": list(range(60))})}
+    given = teaching.read(write(tmp_path / "f.jsonl", *rows("lamp"), long))
+    schema, length = teaching.doubts(given, bundle)
+    assert "24 answers break the harness's schema, such as 'done 0'" in schema
+    assert re.match(r"1 answers are longer than .*, 60: .* the longest has \d{3}$", length)
 
 
 def test_a_folder_belongs_to_one_student(
