@@ -1,7 +1,7 @@
 """Which demonstrations a job gets: to learn, to hold out, to replay, to ask again.
 
-Pure: they say nothing of where demonstrations come from, a fleet (:mod:`cloud.curator`) or a file
-(:mod:`cloud.teaching`).
+Pure rules: what of a fleet's evidence is worth learning (:mod:`cloud.curator` asks), and how
+demonstrations, a fleet's or a file's (:mod:`cloud.teaching`), are divided.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Named = TypeVar("Named", bound=HasId)
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
 REPLAY = 300
-"""As many as a job of the default length draws: what is not replayed of facts is forgotten."""
+"""At most, and what a job of the default length draws: facts that are not replayed are lost."""
 CONFIRMED = 32
-"""As many answers that people confirmed are replayed."""
+"""At most so many answers that people confirmed are replayed."""
 EARLIER = 40
-"""As many of those held out before are asked again."""
+"""At most so many of those held out before are asked again."""
 _NEVER_MS = 1 << 62
 
 
@@ -135,7 +135,7 @@ def worth_learning(
 def divide(
     new: Sequence[Named],
     settled: Sequence[tuple[Named, bool]],
-    shown: Callable[[Named], Shown],
+    said: Callable[[Named], Shown],
     most: int,
     confirmed: Iterable[Named] = (),
 ) -> Lessons[Named]:
@@ -150,21 +150,21 @@ def divide(
     Args:
         new: one of each request.
         settled: the oldest first, each with whether it was held out.
-        shown: a demonstration's request and answer.
+        said: a demonstration's request and answer.
         most: as many as the job's steps can learn.
         confirmed: answers of the student in service, to be replayed too.
     """
-    requests = {shown(d).messages for d in new}
-    last = {shown(d).messages: (d, tested) for d, tested in settled}
+    requests = {said(d).messages for d in new}
+    last = {said(d).messages: (d, tested) for d, tested in settled}
     kept = [pair for asked, pair in last.items() if asked not in requests]
     earlier = [d for d, tested in kept if tested]
-    never_replayed = requests | {shown(d).messages for d in earlier}
-    trained = {shown(d) for d, tested in settled if not tested}
+    never_replayed = requests | {said(d).messages for d in earlier}
+    trained = {said(d) for d, tested in settled if not tested}
 
     ordered = _shuffled(new)
     least, largest = _HELD_OUT
     number = min(largest, max(least, round(len(ordered) * HELD_OUT_SHARE)))
-    held = [d for d in ordered if shown(d) not in trained][:number]
+    held = [d for d in ordered if said(d) not in trained][:number]
     tested_now = {d.id for d in held}
     others = [d for d in ordered if d.id not in tested_now]
     return Lessons(
@@ -176,7 +176,7 @@ def divide(
             *(
                 d
                 for d in _shuffled(confirmed)[:CONFIRMED]
-                if shown(d).messages not in never_replayed
+                if said(d).messages not in never_replayed
             ),
         ],
         earlier=_shuffled(earlier)[:EARLIER],

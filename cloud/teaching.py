@@ -144,11 +144,13 @@ def doubts(demonstrations: Sequence[Demonstration], bundle: Path) -> list[str]:
     long = [n for n in tokens if n > harness.max_tokens]
     found = []
     if broken:
-        found.append(f"{len(broken)} answers break the harness's schema, such as {broken[0]!r}")
+        found.append(
+            f"answers that break the harness's schema: {len(broken)}, such as {broken[0]!r}"
+        )
     if long:
         found.append(
-            f"{len(long)} answers are longer than the harness's max_tokens, {harness.max_tokens}: "
-            f"the student will break off; the longest has {max(long)}"
+            f"answers of more than the harness's max_tokens ({harness.max_tokens}): {len(long)}, "
+            f"the longest of {max(long)}; the student will break them off"
         )
     return found
 

@@ -246,8 +246,8 @@ def test_answers_that_the_student_cannot_give_are_named(student: Imported, tmp_p
     long = {"prompt": "count", "completion": json.dumps({"numbers": list(range(60))})}
     given = teaching.read(write(tmp_path / "f.jsonl", *rows("lamp"), long))
     schema, length = teaching.doubts(given, bundle)
-    assert "24 answers break the harness's schema, such as 'done 0'" in schema
-    assert re.match(r"1 answers are longer than .*, 60: .* the longest has \d{3}$", length)
+    assert schema == "answers that break the harness's schema: 24, such as 'done 0'"
+    assert re.match(r"answers of more than .* \(60\): 1, the longest of \d{3};", length)
 
 
 def test_a_folder_belongs_to_one_student(
