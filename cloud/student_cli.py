@@ -126,6 +126,7 @@ def teach(
     when not or when there was an error, 130 after Ctrl-C.
     """
     from cloud import teaching  # noqa: PLC0415  # needs torch
+    from cloud.encoder import Encoder  # noqa: PLC0415  # as above
     from cloud.gate.gate import GateConfig  # noqa: PLC0415  # as above
     from cloud.jobs import Jobs  # noqa: PLC0415  # as above
     from cloud.learners.config import read_options  # noqa: PLC0415  # as above
@@ -141,7 +142,7 @@ def teach(
         config = teaching.with_enough_steps(config, len(given))
     gate = GateConfig(new_share=min_new, base_kl=max_base_kl)
     how = teaching.How(config, gate, threads, delta_share)
-    for doubt in teaching.doubts(given, imported.bundle):
+    for doubt in teaching.doubts(given, harness, Encoder.of(imported.bundle)):
         typer.echo(doubt, err=True)
     with locked(out, "--out"):
         teaching.open_folder(out, imported)

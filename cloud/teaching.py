@@ -14,13 +14,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-
 from cloud.adapt import Spec, write_atomically
 from cloud.jobs import Job, Jobs, learnt
 from cloud.lessons import divide
 from cloud.students.candidates import DELTA_SHARE
-from edge.student.bundle import read_harness
 from protos.errors import InvalidInputError
 from protos.prompt import Message, Shown, chat
 
@@ -28,10 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from cloud.encoder import Encoder
     from cloud.gate.gate import GateConfig
     from cloud.learners.config import LearnerConfig
     from cloud.lessons import Evidence
     from cloud.students.importer import Imported
+    from protos.harness import Harness
 
 LEAST = 20
 """Requests of a skill: with fewer, hardly any are left to learn from beside those held out."""
@@ -134,13 +133,13 @@ def _messages(given: Any, role: str) -> list[Message]:  # noqa: ANN401  # whatev
     return [Message(m["role"], m["content"].strip()) for m in given]
 
 
-def doubts(demonstrations: Sequence[Demonstration], bundle: Path) -> list[str]:
-    """What the student of ``bundle`` cannot say as its harness has it: a sentence for each kind."""
-    harness = read_harness(bundle)
-    spelling = Tokenizer.from_file(str(bundle / "tokenizer.json"))
-    answers = [d.shown.answer for d in demonstrations]
-    broken = [a for a in answers if harness.breaks_schema(a)]
-    tokens = [len(e.ids) for e in spelling.encode_batch(answers, add_special_tokens=False)]
+def doubts(
+    demonstrations: Sequence[Demonstration], harness: Harness, encoder: Encoder
+) -> list[str]:
+    """What a student cannot say as its harness has it: a sentence for each kind."""
+    given = [d.shown for d in demonstrations]
+    broken = [d.answer for d in given if harness.breaks_schema(d.answer)]
+    tokens = [len(encoder.example(d.messages, d.answer).answer) - 1 for d in given]  # less its end
     long = [n for n in tokens if n > harness.max_tokens]
     found = []
     if broken:

@@ -16,15 +16,9 @@ from cloud.lessons import Evidence
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.jobs.jobs_evidence import (
-        shown,
-        spec,
-    )
+    from tests.jobs.jobs_evidence import shown, spec
 else:
-    from jobs_evidence import (
-        shown,
-        spec,
-    )
+    from jobs_evidence import shown, spec
 
 
 def test_a_job_left_half_written_by_a_crash_is_no_job(tmp_path: Path) -> None:

@@ -22,13 +22,7 @@ if TYPE_CHECKING:
         drift,
     )
 else:
-    from jobs_evidence import (
-        CONFIRMATION,
-        FIRST_MS,
-        demonstration,
-        demonstrations,
-        drift,
-    )
+    from jobs_evidence import CONFIRMATION, FIRST_MS, demonstration, demonstrations, drift
 
 
 def divide(

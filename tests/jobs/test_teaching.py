@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cloud import adapt, teaching
+from cloud.encoder import Encoder
 from cloud.gate.gate import GateConfig
 from cloud.jobs import Job, Jobs
 from cloud.learners.config import LearnerConfig
@@ -237,15 +238,12 @@ def test_a_job_that_failed_is_tried_again_and_holds_up_no_other(
 
 
 def test_answers_that_the_student_cannot_give_are_named(student: Imported, tmp_path: Path) -> None:
-    assert teaching.doubts(taught(tmp_path, "lamp"), student.bundle) == []
-    bundle = tmp_path / "bundle"
-    shutil.copytree(student.bundle, bundle)
-    harness = read_harness(bundle)
+    harness, encoder = read_harness(student.bundle), Encoder.of(student.bundle)
+    assert teaching.doubts(taught(tmp_path, "lamp"), harness, encoder) == []
     strict = replace(harness, schema={"type": "object"}, max_tokens=60)
-    (bundle / "harness.json").write_bytes(strict.to_json())
     long = {"prompt": "count", "completion": json.dumps({"numbers": list(range(60))})}
     given = teaching.read(write(tmp_path / "f.jsonl", *rows("lamp"), long))
-    schema, length = teaching.doubts(given, bundle)
+    schema, length = teaching.doubts(given, strict, encoder)
     assert schema == "answers that break the harness's schema: 24, such as 'done 0'"
     assert re.match(r"answers of more than .* \(60\): 1, the longest of \d{3};", length)
 
