@@ -4,15 +4,17 @@ Twenty steps each, one method after another in processes of their own (so that p
 method's), on the same home commands, eight a step, with no anchors and no replay; products in
 bfloat16, TRL's too, where the processor multiplies it by itself (``bf16`` in the results):
 
-- sdft: our self-distillation. Its step_seconds are the median step and, on top, its share of what
-  was scored before the first step (the teacher's word on every lesson, the default number of steps
-  sharing);
+- sdft: our self-distillation;
 - sft: cross-entropy on the same batches and layers;
 - sdft_fp32, sft_fp32, trl_fp32: the same in fp32;
 - sdft_with_anchors: sdft with its anchors; sft_with_anchors: the default learner with its own;
 - sdft_paper: the paper's recipe by our code (all layers and embeddings, averaged teacher, sampled
   answers of at most 40 tokens, full vocabulary);
 - trl: the paper's recipe by TRL, in an environment of its own (``bench/peers/trl_sdft.py``).
+
+The step_seconds of ours are the median step and, on top, its share of what was scored before the
+first step (the teacher's word on every lesson, the base's on the anchors), shared by the default
+number of steps; step_alone_seconds are without. TRL scores nothing beforehand.
 
 ``make bench-learner-speed`` makes TRL's environment first. Results go to
 ``build/bench/learner_speed.json``. Some fifteen minutes on two idle cores; other work beside it
@@ -70,8 +72,7 @@ def ours(method: str, student: Path) -> dict[str, Any]:
     """Time one of our methods in this process."""
     job = spec(method, open_imported(student))
     _, note = setup.train(job, lambda _: None)
-    shared = note["scoring_seconds"] / LearnerConfig().steps if method.startswith("sdft") else 0.0
-    shared = 0.0 if method == "sdft_paper" else shared
+    shared = note["scoring_seconds"] / LearnerConfig().steps
     return {
         "step_seconds": round(note["step_seconds"] + shared, 3),
         "step_alone_seconds": note["step_seconds"],

@@ -95,6 +95,15 @@ def test_no_confirmed_answer_is_replayed_that_is_taught_or_tested() -> None:
     assert found.replay == [confirmed[2]]
 
 
+def test_a_confirmed_answer_is_not_replayed_though_its_test_is_not_asked_again_this_time() -> None:
+    tested = demonstrations(EARLIER + 10)
+    confirmed = [
+        demonstration(d.messages[0].content, "right", source=CONFIRMATION) for d in tested[-20:]
+    ]
+    found = divide(demonstrations(20), [(d, True) for d in tested], confirmed=confirmed)
+    assert (len(found.earlier), found.replay) == (EARLIER, [])
+
+
 def test_of_one_request_the_newest_answer_counts() -> None:
     old, other, new = (demonstration(r, a) for r, a in (("x", "1"), ("y", "1"), ("x", "2")))
     assert lessons.newest_each([old, other, new]) == [new, other]
@@ -125,3 +134,13 @@ def test_confirmations_count_after_an_alarm_of_their_device_and_student() -> Non
     found = lessons.worth_learning([*corrected, *after, *before, *elsewhere], alarms)
     assert found == [*corrected, *after]
     assert lessons.worth_learning(demonstrations(3, source=CONFIRMATION), alarms) == []
+
+
+def test_of_confirmations_at_most_as_many_as_there_are_corrections_are_worth_learning() -> None:
+    corrected, confirmed = demonstrations(2), demonstrations(7, source=CONFIRMATION)
+    alarms = lessons.alarms([drift()])
+    found = lessons.worth_learning([*confirmed, *corrected], alarms)
+    assert found[:2] == corrected
+    assert len(found) == 4
+    assert all(d in confirmed for d in found[2:])
+    assert lessons.worth_learning([*corrected, *confirmed[::-1]], alarms) == found

@@ -245,7 +245,11 @@ def test_answers_that_the_student_cannot_give_are_named(student: Imported, tmp_p
     given = teaching.read(write(tmp_path / "f.jsonl", *rows("lamp"), long))
     schema, length = teaching.doubts(given, strict, encoder)
     assert schema == "answers that break the harness's schema: 24, such as 'done 0'"
-    assert re.match(r"answers of more than .* \(60\): 1, the longest of \d{3};", length)
+    found = re.match(r"answers of more than .* \(60\): 1, the longest of (\d{3});", length)
+    assert found
+    longest = int(found[1])
+    assert teaching.doubts(given, replace(harness, max_tokens=longest), encoder) == []
+    assert len(teaching.doubts(given, replace(harness, max_tokens=longest - 1), encoder)) == 1
 
 
 def test_a_folder_belongs_to_one_student(
