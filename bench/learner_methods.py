@@ -28,7 +28,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "sdft_teacher_only": {"hint": (0.0, 0.0), "sharpness": 1.0},
     "isdft": {"hint": (0.0, 0.0), "sharpness": 1.0, "proximal": 0.25, "base_weight": 2e-3},
 }
-"""Our learner with something changed: the first three, one thing each."""
+"""Our learner as it is, without one thing, without what leads the teacher's word, and as iSDFT."""
 _ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
 RIVALS: dict[str, dict[str, Any]] = {
     "sft": _ALONE,

@@ -151,11 +151,12 @@ def markdown(
     *,
     means: bool = False,
 ) -> str:
-    """Runs one by one and their means (or ``means`` alone), and by how much ``against`` leads."""
+    """The base, runs one by one and their means (or ``means`` alone); how far ``against`` leads."""
     by_method = {method: runs_of(runs, method) for method in methods}
     lines = [
         "| | average | BWT | base KL | retention | people | last row |",
         "|---|---|---|---|---|---|---|",
+        f"| as imported | | | 0 | 0 | {base['human']:.3f} | |",
     ]
     for method, done in by_method.items():
         for seed, run in done.items() if not means or len(done) == 1 else ():

@@ -249,8 +249,8 @@ def _refuse(why: str) -> NoReturn:
 
 
 DEFAULT = "sft-anchored"
-"""The learner of a cloud that is not told another: level with SDFT, without asking a teacher
-(docs/adr/0018)."""
+"""The learner of a cloud that is not told another: not told apart from SDFT by what was measured,
+and it asks no teacher (docs/adr/0018)."""
 
 _ALONE: dict[str, Any] = {"anchor_batch": 0, "replay_batch": 0}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cloud.learners.config import Precision
 
-BASE: dict[str, Any] = {"retention": {"mean": 0.5}}
+BASE: dict[str, Any] = {"retention": {"mean": 0.5}, "human": 0.125}
 PLAN = learner.Plan(methods=("sft",), skills=("lights", "media"), seeds=(0,))
 MADE = results.made(PLAN, LearnerConfig())
 
@@ -163,6 +163,7 @@ def test_a_lead_is_of_the_seeds_that_both_have_and_its_interval_pairs_their_requ
 
 def test_the_table_for_a_page_has_each_run_their_mean_and_the_leads() -> None:
     text = markdown(runs_of_two_seeds(), BASE, ["sdft", "sft", "lora"], "sdft")
+    assert "| as imported | | | 0 | 0 | 0.125 | |" in text
     assert "| `sdft`, seed 0 (fp32) | 0.750 |" in text
     assert "| `sdft`, mean of 2 | 0.625 |" in text
     assert "| `sft` | +50.0, +25.0 | +37.5 ± 12.5 | " in text
