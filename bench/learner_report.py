@@ -1,7 +1,7 @@
 """What runs of ``bench.learner`` say together: means over seeds, paired intervals, tables.
 
-``python -m bench.learner_report [FILE] [--methods ...] [--against METHOD]`` prints the tables of
-docs/learning.md, in Markdown, from a file of results.
+``python -m bench.learner_report [FILE ...] [--methods ...] [--against METHOD]`` prints the tables
+of docs/learning.md, in Markdown, from files of results.
 """
 
 from __future__ import annotations
@@ -224,18 +224,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "file", type=Path, nargs="?", default=Path("bench/results/learner_full.json")
+        "files",
+        type=Path,
+        nargs="*",
+        default=[Path("bench/results/learner_full.json")],
+        help="the base is the first's; of a run that several have, the last counts",
     )
     parser.add_argument("--methods", nargs="+", choices=FULL, default=FULL)
     parser.add_argument("--means", action="store_true", help="no seed by itself if there are more")
     parser.add_argument("--against", choices=FULL, default="sdft", help="default: %(default)s")
     options = parser.parse_args()
     try:
-        kept = json.loads(options.file.read_text())
-        runs, base = kept["runs"], kept["base"]
+        kept = [json.loads(file.read_text()) for file in options.files]
+        runs = {name: run for each in kept for name, run in each["runs"].items()}
+        base = kept[0]["base"]
         print(markdown(runs, base, options.methods, options.against, means=options.means))
     except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{options.file} is no file of results of bench.learner: {error!r}")
+        named = ", ".join(map(str, options.files))
+        parser.error(f"{named}: no files of results of bench.learner: {error!r}")
 
 
 if __name__ == "__main__":
