@@ -30,7 +30,7 @@ Named = TypeVar("Named", bound=HasId)
 HELD_OUT_SHARE = 0.15
 _HELD_OUT = (8, 40)
 REPLAY = 300
-"""At most, and what a job of the default length draws: facts that are not replayed are lost."""
+"""At most, half of what a job of the default length draws: facts not replayed are lost."""
 CONFIRMED = 32
 """At most so many answers that people confirmed are replayed."""
 EARLIER = 40

@@ -121,7 +121,7 @@ class LearnerConfig:
     anchor_batch: int = 8
     anchor_tokens: int = 24
     replay_weight: float = 1.0
-    replay_batch: int = 4
+    replay_batch: int = 8
     ewc: float = 0.0
 
     steps: int = 75
