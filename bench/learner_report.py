@@ -1,7 +1,7 @@
 """What runs of ``bench.learner`` say together: means over seeds, paired intervals, tables.
 
 ``python -m bench.learner_report [FILE ...] [--methods ...] [--against METHOD]`` prints the tables
-of docs/learning.md, in Markdown, from files of results.
+of docs/learning.md, in Markdown, from files of results that were measured with the same options.
 """
 
 from __future__ import annotations
@@ -218,6 +218,20 @@ def _points(by_seed: dict[int, float], interval: tuple[float, float] | None) -> 
     return [cell.replace("-", "\N{MINUS SIGN}") for cell in cells]
 
 
+def differing(kept: Sequence[dict[str, Any]]) -> list[str]:
+    """Options in which files of results differ: runs of them say nothing together."""
+    parts = ("plan", "sdft")
+    return sorted(
+        {
+            name
+            for part in parts
+            for other in kept[1:]
+            for name in kept[0][part].keys() | other[part].keys()
+            if kept[0][part].get(name) != other[part].get(name)
+        }
+    )
+
+
 def main() -> None:
     """Print."""
     parser = argparse.ArgumentParser(
@@ -228,7 +242,8 @@ def main() -> None:
         type=Path,
         nargs="*",
         default=[Path("bench/results/learner_full.json")],
-        help="the base is the first's; of a run that several have, the last counts",
+        help="the base is the first's; of a run that several have, the last counts"
+        " (default: %(default)s)",
     )
     parser.add_argument("--methods", nargs="+", choices=FULL, default=FULL)
     parser.add_argument("--means", action="store_true", help="no seed by itself if there are more")
@@ -236,6 +251,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         kept = [json.loads(file.read_text()) for file in options.files]
+        if other := differing(kept):
+            parser.error(f"the files were measured with other {', '.join(other)}: give one alone")
         runs = {name: run for each in kept for name, run in each["runs"].items()}
         base = kept[0]["base"]
         print(markdown(runs, base, options.methods, options.against, means=options.means))

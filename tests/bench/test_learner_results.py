@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench import learner, setup
 from bench import learner_results as results
-from bench.learner_report import Lead, markdown, table
+from bench.learner_report import Lead, differing, markdown, table
 from cloud.learners.config import LearnerConfig
 from protos.errors import InvalidInputError
 
@@ -171,3 +171,10 @@ def test_the_table_for_a_page_has_each_run_their_mean_and_the_leads() -> None:
     assert "seed 0" not in markdown(runs_of_two_seeds(), BASE, ["sdft"], "sdft", means=True)
     turned = markdown(runs_of_two_seeds(), BASE, ["sdft", "sft"], "sft")
     assert "| `sdft` | \N{MINUS SIGN}50.0, \N{MINUS SIGN}25.0 |" in turned
+
+
+def test_results_with_other_options_are_not_read_together() -> None:
+    replayed = results.made(PLAN, LearnerConfig(replay_batch=3))
+    fewer = results.made(replace(PLAN, tests=9), LearnerConfig())
+    assert differing([MADE, MADE]) == []
+    assert differing([MADE, replayed, fewer]) == ["replay_batch", "tests"]
