@@ -78,7 +78,7 @@ bench-drift: $(READY) ## Drift detection by simulation, beside dummies and peers
 bench-recipe: $(READY) ## Accuracy against delta bytes, by recipe and way to ship (45 minutes)
 	$(OFFLINE) $(BIN)/python -m bench.recipe
 
-bench-learner: $(READY) ## Three skills in sequence, SDFT beside SFT, on the quantized student (20 to 30 minutes with bfloat16, else 45)
+bench-learner: $(READY) ## Three skills in sequence, SDFT beside SFT, on the quantized student (20 to 40 minutes with bfloat16)
 	$(OFFLINE) $(BIN)/python -m bench.learner
 
 bench-learner-full: $(READY) $(TRL) ## Five skills, three seeds, every learner and TRL (many hours; goes on where it was)

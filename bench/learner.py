@@ -18,7 +18,7 @@ Methods: ``sft`` is plain supervised fine-tuning of the same layers for as many 
 included) or ``--rival-steps``, what the cloud does unless told otherwise; ``sdft`` our
 self-distillation. ``--full`` takes five skills, three seeds, more rivals and TRL.
 
-    make bench-learner         # three skills, one seed: 20 minutes with bfloat16, else 45
+    make bench-learner         # three skills, one seed: 20 to 40 minutes with bfloat16
     make bench-learner-full    # hours; what is done already is not done again. One thread, and
                                # 85 steps for sft_anchored: run it twice at once on two cores
 

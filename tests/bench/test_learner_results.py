@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -142,6 +143,18 @@ def test_runs_of_two_precisions_share_a_file_and_its_table_says_which_leads_are_
     text = Console(width=200, record=True)
     text.print(table(methods, BASE | {"human": 0.0}))
     assert "seed 0: sdft in another precision" in text.export_text()
+
+
+def test_the_table_is_whole_on_a_terminal_of_80_columns() -> None:
+    figures: dict[str, Any] = {"average": 0.85, "bwt": -0.955, "base_kl": 0.0688, "human": 0.5}
+    figures |= {"retention_drop": -0.0133, "precision": {"0": "bf16", "1": "fp32"}}
+    figures |= {"sdft_lead_95": (-0.0433, 0.0067), "sdft_human_lead_95": (0.7179, 0.8182)}
+    text = Console(width=80, record=True, file=io.StringIO())
+    text.print(table({"sdft_teacher_only": figures}, {"human": 0.0}))
+    shown = text.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    for whole in ("sdft_teacher_only", "0.850", "-0.955", "0.069", "+0.013", "-4.3, +0.7"):
+        assert whole in shown
 
 
 def runs_of_two_seeds() -> dict[str, Any]:
