@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 from bench import learner_results as results
 from bench import retention, setup, skills, trl
 from bench.learner_methods import FULL, QUICK, config_of
-from bench.learner_report import summary, table
+from bench.learner_report import RESULTS, summary, table
 from bench.outcomes import answered, general
 from cloud.lessons import REPLAY
 from cloud.students.candidates import DELTA_SHARE, Work, candidates
@@ -70,8 +70,6 @@ if TYPE_CHECKING:
 
 SKILLS = ("lights", "media", skills.FACTS)
 FULL_SKILLS = ("lights", "media", skills.FACTS, "climate", "timers")
-RESULTS = Path("bench/results/learner_full.json")
-"""Kept in the tree: it takes many hours, and goes on where it was."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from bench.learner_methods import FULL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+RESULTS = Path("bench/results/learner_full.json")
+"""Kept in the tree: it takes many hours, and goes on where it was."""
 
 
 def paired(one: list[str], other: list[str], rng: np.random.Generator) -> tuple[float, float]:
@@ -222,18 +226,15 @@ def _points(by_seed: dict[int, float], interval: tuple[float, float] | None) -> 
     return [cell.replace("-", "\N{MINUS SIGN}") for cell in cells]
 
 
+def changed_options(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Options of results, or of what is to be measured, that have another value in ``other``."""
+    parts = ("plan", "sdft")
+    return [n for part in parts for n, v in one[part].items() if other[part].get(n) != v]
+
+
 def differing(kept: Sequence[dict[str, Any]]) -> list[str]:
     """Options in which files of results differ: runs of them say nothing together."""
-    parts = ("plan", "sdft")
-    return sorted(
-        {
-            name
-            for part in parts
-            for other in kept[1:]
-            for name in kept[0][part].keys() | other[part].keys()
-            if kept[0][part].get(name) != other[part].get(name)
-        }
-    )
+    return sorted({n for one, other in permutations(kept, 2) for n in changed_options(one, other)})
 
 
 def main() -> None:
@@ -245,9 +246,9 @@ def main() -> None:
         "files",
         type=Path,
         nargs="*",
-        default=[Path("bench/results/learner_full.json")],
+        default=[RESULTS],
         help="the base is the first's; of a run that several have, the last counts"
-        " (default: %(default)s)",
+        f" (default: {RESULTS})",
     )
     parser.add_argument("--methods", nargs="+", choices=FULL, default=FULL)
     parser.add_argument("--means", action="store_true", help="no seed by itself if there are more")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bench import setup
-from bench.learner_report import precision_of, summary
+from bench.learner_report import changed_options, precision_of, summary
 from protos.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -90,7 +90,5 @@ def read(out: Path, made: dict[str, Any]) -> dict[str, Any]:
         return {}
     kept: dict[str, Any] = json.loads(out.read_text())
     same = json.loads(json.dumps(made))
-    parts = ("plan", "sdft")
-    other = [n for part in parts for n, v in same[part].items() if kept[part].get(n) != v]
-    setup.refuse_other(out, other)
+    setup.refuse_other(out, changed_options(same, kept))
     return kept
